@@ -1,0 +1,171 @@
+"""Is ``auto`` never slower than torch.nn on this CPU? ``python benchmarks/auto.py``: table, JSON, exit code.
+
+Over B 1, 16, 64, T 32, 128, H 64, 256, 512, in inference and training, and over single steps of the cells,
+the speed of ``auto`` (torch's time over ours, the median over interleaved rounds) must be at least 0.97.
+
+The rule. Every round times torch, ours and torch again, in an order that turns and reverses. A case whose
+speed is below 0.97 is measured again, later and for twice as long, at most three times while time is left;
+the last measurement counts, all of them are in the JSON. Then a case is
+
+- ``ok``      at 0.97 or more,
+- ``slow``    below 0.97 by more than the noise of its race (torch against itself): exit code 1,
+- ``noise``   below 0.97 by less than that: no evidence either way. Where the noise exceeds 0.05 the machine
+              is too busy for any verdict: exit code 2, and run it again on a quiet one.
+
+Results are compared before anything is timed; a case that disagrees is ``red``, untimed: exit code 1.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from cases import Case, grid, prepare
+
+from fastseq import stopwatch
+
+Row = dict[str, Any]
+
+FLOOR = 0.97
+TOO_NOISY = 0.05
+RETRIES = 3
+ROUNDS, LEAST_S, LEAST_ROUNDS = 150, 0.6, 5
+
+LAYERS = list(grid("layer", H=(64, 256, 512), T=(32, 128), B=(1, 16, 64)))
+STEPS = list(grid("step", H=(64, 256, 512), B=(1, 16, 64), T=(1,)))
+# A layer of eight units over one step is nothing but the cost of a call: shown, not part of the verdict.
+CALLS = list(grid("layer", H=(8,), T=(1,), B=(1,)))
+
+
+def main() -> int:
+    options = _options()
+    torch.set_num_threads(options.threads)
+    cases = [case for case in (*STEPS, *CALLS, *LAYERS) if options.only in case.name]
+    started, deadline = time.monotonic(), time.monotonic() + 60 * options.minutes
+    ceiling = measure.ceiling_tflops("cpu", "float32", options.threads)
+    _print_header()
+    rows: dict[Case, Row] = {}
+    for case in cases:
+        rows[case] = _row(case, options.threads, ceiling, attempt=0)
+        _print_row(rows[case])
+    for attempt in range(1, RETRIES + 1):
+        again = [case for case in cases if rows[case]["verdict"] in ("slow", "noise")]
+        if again:
+            print(f"\nmeasured again, {2**attempt} times as long ({len(again)} below {FLOOR}):")
+        for case in again:
+            if time.monotonic() > deadline:
+                print(f"no time left after {options.minutes:g} minutes: the measurements so far count")
+                break
+            earlier = rows[case]
+            rows[case] = _row(case, options.threads, ceiling, attempt)
+            rows[case]["earlier"] = [*earlier.pop("earlier", []), earlier]
+            _print_row(rows[case])
+    return _finish(list(rows.values()), options, time.monotonic() - started, ceiling)
+
+
+def _row(case: Case, threads: int, ceiling: float, attempt: int) -> Row:
+    contest = prepare(case)
+    choice = contest.explain()
+    facts = {"implementation": choice.name, "why": choice.reason}
+    wrong = contest.disagreement("fastseq")
+    if wrong is not None:
+        return {"name": case.name, "verdict": "red", "wrong": wrong, **facts}
+    longer = 2**attempt
+    race = measure.time_sides(
+        contest,
+        rounds=ROUNDS * longer,
+        least_s=LEAST_S * longer,
+        least_rounds=LEAST_ROUNDS * longer,
+        threads=threads,
+    )
+    row = measure.row(case, race, ceiling, **facts)
+    speed = _speed(row, "fastseq")
+    row["verdict"] = "ok" if speed >= FLOOR else "slow" if speed + row["noise"] < FLOOR else "noise"
+    return row
+
+
+def _finish(rows: list[Row], options: argparse.Namespace, seconds: float, ceiling: float) -> int:
+    """Print the verdict, write the JSON and return the exit code."""
+    shown_only = {case.name for case in CALLS}
+    judged = [row for row in rows if row["name"] not in shown_only]
+    bad = [row["name"] for row in judged if row["verdict"] in ("slow", "red")]
+    unclear = [row for row in judged if row["verdict"] == "noise"]
+    too_noisy = [row["name"] for row in unclear if row["noise"] > TOO_NOISY]
+    code = 1 if bad else 2 if too_noisy else 0
+
+    print(f"\n{len(rows)} cases in {seconds / 60:.1f} minutes, {options.threads} threads")
+    for side, title in (("fastseq", "speed of auto"), ("torch again", "torch vs itself")):
+        speeds = [_speed(row, side) for row in judged if "sides" in row]
+        if speeds:
+            of = stopwatch.Spread.of(speeds)
+            spread = (
+                f"median {of.median:.3f}  quartiles {of.lower:.3f} {of.upper:.3f}  least {min(speeds):.3f}"
+            )
+            print(f"{title:<16} {spread}")
+    print(f"below {FLOOR} within the noise: {len(unclear)}; beyond it or red: {len(bad)}")
+    for name in bad:
+        print(f"  {name}")
+    if code == 2:
+        print(f"no verdict, torch against itself is off by more than {TOO_NOISY}: {', '.join(too_noisy)}")
+
+    provenance = stopwatch.provenance("cpu") | {"threads": options.threads}
+    record = {
+        "what": "auto beside torch.nn on the CPU",
+        "provenance": provenance,
+        "rule": {"floor": FLOOR, "retries": RETRIES, "too_noisy": TOO_NOISY},
+        "ceiling_tflops": ceiling,
+        "seconds": seconds,
+        "exit_code": code,
+        "rows": rows,
+    }
+    if not options.only or options.output:  # a part of the cases must not replace the results of all
+        results = Path(__file__).parent / "results" / measure.slug(str(provenance["device"]))
+        folder = Path(options.output or results)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"auto-threads{options.threads}.json"
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"written: {path}")
+    return code
+
+
+def _speed(row: Row, side: str) -> float:
+    return float(row["sides"][side]["speed"]["median"])
+
+
+def _print_header() -> None:
+    print("speed: torch's time over ours; A/A: torch's over its own second run; diff: ours less torch's")
+    columns = f"{'torch µs':>12}{'auto µs':>12}{'diff µs':>10}{'speed':>8}{'A/A':>7}{'noise':>7}"
+    print(f"{'case':<42}{columns}  verdict, ran")
+
+
+def _print_row(row: Row) -> None:
+    if row["verdict"] == "red":
+        print(f"{row['name']:<42} RED {row['wrong']}")
+        return
+    torch_us, ours_us = (1e3 * row["sides"][side]["ms"]["median"] for side in ("torch", "fastseq"))
+    print(
+        f"{row['name']:<42}{torch_us:>12.1f}{ours_us:>12.1f}{ours_us - torch_us:>+10.1f}"
+        f"{_speed(row, 'fastseq'):>8.3f}{_speed(row, 'torch again'):>7.3f}{row['noise']:>7.3f}"
+        f"  {row['verdict']}, {row['implementation']}",
+        flush=True,
+    )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--threads", type=int, default=torch.get_num_threads(), help="torch's threads (default: its own)")
+    add("--minutes", type=float, default=7.0, help="no repeats are begun after this")
+    add("--only", default="", metavar="TEXT", help="cases whose name contains this; no JSON without --output")
+    add("--output", metavar="FOLDER", help="of the JSON; default benchmarks/results/<device>")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

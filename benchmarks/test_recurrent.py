@@ -1,0 +1,28 @@
+"""Layers: fastseq.RNN, LSTM and GRU beside torch.nn's, forward and forward plus backward."""
+
+from cases import MODES, Case, grid
+
+SIDES = ("torch", "fastseq")
+DEFAULT = [
+    *(
+        Case("layer", cell, B, T, H, mode=mode)
+        for cell in ("rnn", "lstm", "gru")
+        for B, T, H in ((1, 32, 128), (16, 128, 128), (16, 32, 512))
+        for mode in MODES
+    ),
+    *(
+        Case("layer", cell, 16, 32, 128, mode=mode, layers=2, directions=2)
+        for cell in ("lstm", "gru")
+        for mode in MODES
+    ),
+    *(Case("layer", cell, 16, 32, 128, "bfloat16", mode) for cell in ("lstm", "gru") for mode in MODES),
+]
+SIZES = {"H": (64, 128, 256, 512, 768, 1024), "B": (1, 16, 64, 128), "T": (128, 1024)}
+FULL = [
+    *grid("layer", **SIZES, dtype=("float32", "bfloat16", "float16"), layers=(1, 2), directions=(1, 2)),
+    *grid("layer", H=(64, 256, 512), B=(1, 16, 64), T=(32,)),
+]
+
+
+def test_layer(race, case: Case, side: str) -> None:
+    race(case, side)

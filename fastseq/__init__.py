@@ -1,0 +1,18 @@
+"""fastseq: drop-in sequence modules for PyTorch, on fused Triton kernels where there is a GPU."""
+
+from . import functional as functional
+from . import nn as nn
+from .implementation import Choice as Choice
+from .implementation import Unsupported as Unsupported
+from .implementation import explain as explain
+from .implementation import use as use
+from .nn import GRU as GRU
+from .nn import LSTM as LSTM
+from .nn import RNN as RNN
+from .nn import GRUCell as GRUCell
+from .nn import LSTMCell as LSTMCell
+from .nn import RNNCell as RNNCell
+from .swap import restore as restore
+from .swap import swap as swap
+
+__version__ = "0.1.0"

@@ -1,0 +1,327 @@
+"""``torch.nn``'s recurrent modules with the one line that computes replaced.
+
+Constructor, parameters, initialisation, repr, packing and checks are inherited; what is new is by keyword.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .. import dynamo, functional
+from ..implementation import Choice, chosen
+
+_STOCK = frozenset({"auto", "torch"})
+
+
+def _stock(weight: Tensor) -> bool:
+    """Whether PyTorch's own module does the job as it is; costs well under a microsecond."""
+    return not torch.compiler.is_compiling() and not weight.is_cuda and chosen() in _STOCK
+
+
+class _Scriptable(torch.nn.Module):
+    """TorchScript cannot compile our keywords and needs none of them: it gets the torch.nn module."""
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        base = next(c for c in type(self).__mro__ if c.__module__ == "torch.nn.modules.rnn")
+        plain: torch.nn.Module = base.__new__(base)
+        plain.__dict__.update(self.__dict__)
+        return plain
+
+
+class _Sequence(_Scriptable, torch.nn.RNNBase):
+    """What RNN, LSTM and GRU share: the call."""
+
+    _states = 1
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        dynamo.trace(cls)
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+        return_cells: bool = False,
+        recompute: bool = False,
+    ) -> Any:
+        plain = reset is None and lengths is None and not return_cells and not recompute
+        if plain and _stock(self._flat_weights[0]):  # type: ignore[arg-type]
+            return super().forward(input, hx)
+        packed = isinstance(input, PackedSequence)
+        call = self._packed if packed else self._padded
+        y, *rest = call(input, hx, reset=reset, lengths=lengths, return_cells=return_cells, recompute=recompute)
+        state = rest[0] if self._states == 1 else (rest[0], rest[1])
+        return (y, state, rest[-1]) if return_cells else (y, state)
+
+    def _padded(
+        self, input: Tensor, hx: Any, *, reset: Tensor | None, lengths: Tensor | None, **keywords: Any
+    ) -> list[Tensor]:
+        if input.dim() not in (2, 3):
+            raise ValueError(f"{self.mode}: expected input to be 2D or 3D, got {input.dim()}D tensor instead")
+        batched = input.dim() == 3
+        states = self._split(hx)
+        for state in states:
+            if state.dim() != input.dim():
+                raise RuntimeError(
+                    f"hx: expected {input.dim()}-D with a {input.dim()}-D input, got a {state.dim()}-D tensor"
+                )
+        batch = (0 if self.batch_first else 1) if batched else 1
+        time = 1 - batch
+        if not batched:
+            # batch_first says nothing about unbatched input: give it a batch of one where the module expects it.
+            batch, time = (0, 1) if self.batch_first else (1, 0)
+            functional.check_reset(reset, (input.shape[0],), "[T]", input.device)
+            functional.check_lengths(lengths, (), "[]", input.shape[0])
+            input = input.unsqueeze(batch)
+            states = tuple(state.unsqueeze(1) for state in states)
+            reset = None if reset is None else reset.unsqueeze(batch)
+            lengths = None if lengths is None else lengths.unsqueeze(0)
+        states = self._checked(input, states, None)
+        T, B = input.shape[time], input.shape[batch]
+        if T == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        functional.check_reset(reset, tuple(input.shape[:2]), "[B, T]" if batch == 0 else "[T, B]", input.device)
+        functional.check_lengths(lengths, (B,), "[B]", T)
+        outputs = list(
+            self._call(input, states, batch_first=batch == 0, reset=reset, lengths=lengths, **keywords)
+        )
+        if not batched:
+            states_at = range(1, 1 + self._states)
+            outputs = [o.squeeze(1 if i in states_at else batch) for i, o in enumerate(outputs)]
+        return outputs
+
+    def _packed(
+        self, input: PackedSequence, hx: Any, *, reset: Tensor | None, lengths: Tensor | None, **keywords: Any
+    ) -> list[Any]:
+        if lengths is not None:
+            raise ValueError("lengths: a PackedSequence brings its own; got lengths besides")
+        data, batch_sizes, order, back = input
+        states = self._split(hx)
+        if order is not None:
+            states = tuple(state.index_select(1, order) for state in states)
+        states = self._checked(data, states, batch_sizes)
+        if reset is not None:
+            T, B = len(batch_sizes), int(batch_sizes[0])
+            shape, letters = ((B, T), "[B, T]") if self.batch_first else ((T, B), "[T, B]")
+            functional.check_reset(reset, shape, letters, data.device)
+            reset = reset.transpose(0, 1) if self.batch_first else reset
+            reset = reset if order is None else reset.index_select(1, order)
+        outputs = self._call(
+            data, states, batch_first=False, batch_sizes=batch_sizes, reset=reset, lengths=None, **keywords
+        )
+        final = [s if back is None else s.index_select(1, back) for s in outputs[1 : 1 + self._states]]
+        y, *cells = (PackedSequence(o, batch_sizes, order, back) for o in (outputs[0], *outputs[1 + self._states :]))
+        return [y, *final, *cells]
+
+    def _split(self, hx: Any) -> tuple[Tensor, ...]:
+        if hx is None:
+            return ()
+        return (hx,) if self._states == 1 else (hx[0], hx[1])
+
+    def _checked(self, input: Tensor, states: tuple[Tensor, ...], batch_sizes: Tensor | None) -> tuple[Tensor, ...]:
+        """The initial states, zeros if none were given, after torch.nn's own checks of type, size and device."""
+        if not states:
+            sizes = [self.get_expected_hidden_size(input, batch_sizes)]
+            if self._states == 2:
+                sizes.append((*sizes[0][:2], self.hidden_size))
+            states = tuple(input.new_zeros(size) for size in sizes)
+        self.check_forward_args(input, states if self._states == 2 else states[0], batch_sizes)  # type: ignore[arg-type]
+        for state in states:
+            if state.device != input.device:
+                raise RuntimeError(f"hx: expected device {input.device} as the input, got {state.device}")
+        return states
+
+    def _call(self, input: Tensor, states: tuple[Tensor, ...], *, batch_first: bool, **keywords: Any) -> Any:
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        return functional.sequence(
+            self.mode.lower(), input, states, weights, self.bias, self.num_layers, self.dropout, self.training,
+            self.bidirectional, batch_first, **keywords,
+        )  # fmt: skip
+
+    def _explain(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        reset: Tensor | None = None,
+        lengths: Tensor | None = None,
+        return_cells: bool = False,
+        recompute: bool = False,
+    ) -> Choice:
+        data = input.data if isinstance(input, PackedSequence) else input
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        batch_first = self.batch_first and data is input and data.dim() == 3
+        extras = reset is not None, lengths is not None, return_cells or recompute
+        return functional.choose_sequence(self.mode.lower(), data, weights, batch_first, *extras)
+
+
+class RNN(_Sequence, torch.nn.RNN):
+    """Elman network, a drop-in ``torch.nn.RNN`` (Elman 1990) with resets, lengths and a choice of implementation.
+
+    Constructor, parameters and results as ``torch.nn.RNN``. The call takes, by keyword only:
+
+    - ``reset``: bool ``[T, B]`` (``[B, T]`` when ``batch_first``, ``[T]`` unbatched): where true, the state is
+      zero before the step reads it, in each direction's own order.
+    - ``lengths``: integers ``[B]`` on any device: steps past a row's end output zeros and leave its state as it is.
+    - ``return_cells``: a third result, every step's state of the last layer: here the output itself.
+    - ``recompute``: keep no gates for the gradient; less memory for one more matrix product.
+
+    Raises:
+        As ``torch.nn.RNN``; TypeError or ValueError for a wrong ``reset`` or ``lengths``; ``fastseq.Unsupported``.
+
+    Example:
+        >>> import torch, fastseq
+        >>> rnn = fastseq.RNN(4, 8, nonlinearity="relu")
+        >>> y, h = rnn(torch.randn(5, 2, 4), lengths=torch.tensor([5, 3]))
+    """
+
+
+class LSTM(_Sequence, torch.nn.LSTM):
+    """Long short-term memory, a drop-in ``torch.nn.LSTM`` (Hochreiter & Schmidhuber 1997) with more by keyword.
+
+    Constructor (``proj_size`` too), parameters and results as ``torch.nn.LSTM``. The call takes the keywords of
+    :class:`RNN`; ``return_cells`` gives every c_t of the last layer, shaped like the output with H in place of P.
+
+    Raises:
+        As ``torch.nn.LSTM``; TypeError or ValueError for a wrong ``reset`` or ``lengths``; ``fastseq.Unsupported``.
+
+    Example:
+        >>> import torch, fastseq
+        >>> rnn = fastseq.LSTM(4, 8, num_layers=2, batch_first=True)
+        >>> episode_start = torch.tensor([[False, False, True, False, False]]).expand(2, 5)
+        >>> y, (h, c), cells = rnn(torch.randn(2, 5, 4), reset=episode_start, return_cells=True)
+    """
+
+    _states = 2
+
+
+class GRU(_Sequence, torch.nn.GRU):
+    """Gated recurrent unit, a drop-in ``torch.nn.GRU`` (Cho et al. 2014) with more by keyword.
+
+    Constructor, parameters and results as ``torch.nn.GRU``; the keywords of the call are those of :class:`RNN`.
+
+    Raises:
+        As ``torch.nn.GRU``; TypeError or ValueError for a wrong ``reset`` or ``lengths``; ``fastseq.Unsupported``.
+
+    Example:
+        >>> import torch, fastseq
+        >>> rnn = fastseq.GRU(4, 8, bidirectional=True)
+        >>> y, h = rnn(torch.randn(5, 2, 4), lengths=torch.tensor([5, 3]))
+    """
+
+
+class _Cell(_Scriptable, torch.nn.RNNCellBase):
+    """What RNNCell, LSTMCell and GRUCell share: the call."""
+
+    def _kind(self) -> str:
+        raise NotImplementedError
+
+    def _weights(self) -> Any:
+        stored = self._parameters
+        try:  # four lookups in a dict, where attribute access would cost as much as the rest of the call
+            return stored["weight_ih"], stored["weight_hh"], stored["bias_ih"], stored["bias_hh"]
+        except KeyError:  # parametrised: computed on access
+            return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+
+    def _step(self, input: Tensor, states: tuple[Tensor, ...], reset: Tensor | None) -> tuple[Tensor, ...]:
+        """A step by another implementation than torch.nn's module; states is empty for zeros."""
+        kind, weights = self._kind(), self._weights()
+        for name, value in (("input", input), *(("hidden", state) for state in states)):
+            if value.dim() not in (1, 2):
+                raise ValueError(f"{name}: expected 1D or 2D, got {value.dim()}D")
+        batched = input.dim() == 2
+        if not batched:
+            functional.check_reset(reset, (), "[]", input.device)
+            input, states = input[None], tuple(state[None] for state in states)
+            reset = None if reset is None else reset[None]
+        if input.shape[1] != self.input_size:
+            raise RuntimeError(f"input: expected [B, {self.input_size}], got {list(input.shape)}")
+        if not states:
+            states = (input.new_zeros(input.shape[0], self.hidden_size),) * (2 if kind == "lstm" else 1)
+        for state in states:
+            if state.shape != (input.shape[0], self.hidden_size):
+                raise RuntimeError(
+                    f"hx: expected {[input.shape[0], self.hidden_size]}, got {list(state.shape)}"
+                )
+        new = functional.single(kind, input, states, *weights, reset)
+        return new if batched else tuple(state[0] for state in new)
+
+    def _explain(self, input: Tensor, hx: Any = None, *, reset: Tensor | None = None) -> Choice:
+        return functional.choose_single(self._kind(), input, self.weight_hh)
+
+
+class RNNCell(_Cell, torch.nn.RNNCell):
+    """One step of an Elman network, a drop-in ``torch.nn.RNNCell`` with a reset and a choice of implementation.
+
+    Constructor, parameters and results as ``torch.nn.RNNCell``: input ``[B, I]`` or ``[I]``, hx ``[B, H]`` or
+    ``[H]``. ``reset``, by keyword: bool ``[B]``; where true, the state is zero before the step reads it.
+
+    Raises:
+        As ``torch.nn.RNNCell``; TypeError or ValueError for a wrong ``reset``; ``fastseq.Unsupported``.
+
+    Example:
+        >>> import torch, fastseq
+        >>> h = fastseq.RNNCell(4, 8)(torch.randn(2, 4), torch.zeros(2, 8))
+    """
+
+    def _kind(self) -> str:
+        return f"rnn_{self.nonlinearity}"
+
+    def forward(self, input: Tensor, hx: Tensor | None = None, *, reset: Tensor | None = None) -> Tensor:
+        if reset is None and (_stock(self._weights()[0]) or self.nonlinearity not in ("tanh", "relu")):
+            if hx is not None and input.dim() == 2 and hx.dim() == 2 and self.nonlinearity == "tanh":
+                return torch.rnn_tanh_cell(input, hx, *self._weights())
+            return super().forward(input, hx)
+        return self._step(input, () if hx is None else (hx,), reset)[0]
+
+
+class GRUCell(_Cell, torch.nn.GRUCell):
+    """One step of a gated recurrent unit, a drop-in ``torch.nn.GRUCell``.
+
+    Constructor, parameters and results as ``torch.nn.GRUCell``; ``reset``, shapes and errors as :class:`RNNCell`.
+
+    Example:
+        >>> import torch, fastseq
+        >>> h = fastseq.GRUCell(4, 8)(torch.randn(2, 4), torch.zeros(2, 8), reset=torch.tensor([True, False]))
+    """
+
+    def _kind(self) -> str:
+        return "gru"
+
+    def forward(self, input: Tensor, hx: Tensor | None = None, *, reset: Tensor | None = None) -> Tensor:
+        weights = self._weights()
+        if reset is None and _stock(weights[0]):
+            if hx is not None and input.dim() == 2 and hx.dim() == 2:
+                return torch.gru_cell(input, hx, *weights)
+            return super().forward(input, hx)
+        return self._step(input, () if hx is None else (hx,), reset)[0]
+
+
+class LSTMCell(_Cell, torch.nn.LSTMCell):
+    """One step of a long short-term memory, a drop-in ``torch.nn.LSTMCell``.
+
+    Constructor, parameters and results as ``torch.nn.LSTMCell``; ``reset``, shapes and errors as :class:`RNNCell`.
+
+    Example:
+        >>> import torch, fastseq
+        >>> h, c = fastseq.LSTMCell(4, 8)(torch.randn(2, 4), (torch.zeros(2, 8), torch.zeros(2, 8)))
+    """
+
+    def _kind(self) -> str:
+        return "lstm"
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        weights = self._weights()
+        if reset is None and _stock(weights[0]):
+            if hx is not None and input.dim() == 2 and hx[0].dim() == 2 and hx[1].dim() == 2:
+                return torch.lstm_cell(input, hx, *weights)
+            return super().forward(input, hx)
+        h, c = self._step(input, () if hx is None else (hx[0], hx[1]), reset)
+        return h, c

@@ -1,0 +1,468 @@
+"""The recurrent loop in plain PyTorch: every dtype, every device, no kernel of our own.
+
+At the sizes where a loop pays, a step costs the dispatch of its operations rather than their arithmetic. So a step
+is one matrix product and a few in-place operations on views made once; what does not depend on the step before is
+done for a chunk of steps at a time. A chunk is small enough for its buffers to stay in the cache, and the buffers
+serve every chunk. Half precision is computed in fp32, with h rounded wherever it is stored.
+
+Nothing here records a graph or waits for a device. Letters: T time, B batch, H hidden, P output width (H, or
+``proj_size``), G gates, S saved values per hidden unit, D directions, C steps in a chunk.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+Views = tuple[Tensor, ...]
+
+_CHUNK_STEPS = 32  # more steps would not hide more overhead
+_CHUNK_VALUES = {"cpu": 1 << 17}  # pre-activations of a chunk: 512 KiB of fp32, half of a common L2 cache
+_CHUNK_VALUES_ELSEWHERE = 1 << 24  # a GPU wants few, large launches
+
+
+class Step:
+    """One cell. ``STEPS`` lists them; the loops below know no cell by name.
+
+    Forward: ``product`` ``[C, B, G, H]`` holds the pre-activations, ``spare`` ``[C, B, H]`` is the cell's own.
+    Backward: ``factors`` ``[C, B, G, H]`` is what turns the gradient that arrives at a step into the gradient of its
+    recurrent gates, ``through`` and ``keep`` ``[C, B, H]`` are two more factors a cell may want: at a padded step
+    the loop sets factors and through to 0 and keep to 1, at a reset keep to 0.
+    """
+
+    gates: ClassVar[int]
+    saved: ClassVar[int]
+    has_c: ClassVar[bool] = False
+    keeps_h: ClassVar[bool] = False  # h_prev enters h directly too, times keep
+    splits: ClassVar[bool] = False  # the gradients of input gates and recurrent gates differ
+
+    def inputs(self, x: Tensor, bias: Tensor | None) -> Iterator[Views]:
+        """For each step of x ``[C, B, G*H]``: what the product is added to, then what else the step reads."""
+        return zip(x.unbind(), strict=True)
+
+    def views(self, product: Tensor, spare: Tensor) -> list[Views]:
+        """For each step of the buffers, the views that ``forward`` works on."""
+        raise NotImplementedError
+
+    def forward(self, views: Views, inputs: Views, h: Tensor, c: Tensor, h_new: Tensor, c_new: Tensor) -> None:
+        """One step, in place: from pre-activations to the new state."""
+        raise NotImplementedError
+
+    def save(self, product: Tensor, spare: Tensor, h: Tensor, gates: Tensor) -> None:
+        """Store what the backward pass needs, into gates ``[C, B, S, H]``."""
+        gates.copy_(product)
+
+    def activate(self, x: Tensor, h: Tensor) -> Tensor:
+        """The saved values ``[N, S, H]`` of independent steps, from input and recurrent gates ``[N, G, H]``."""
+        raise NotImplementedError
+
+    def derive(
+        self, factors: Tensor, through: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views
+    ) -> None:
+        """Fill the factors of a chunk from gates ``[C, B, S, H]``, the h read, and (c read, c written)."""
+        raise NotImplementedError
+
+    def backward_views(self, factors: Tensor, through: Tensor, keep: Tensor) -> list[Views]:
+        """For each step of the buffers, the views that ``backward`` works on."""
+        return [(f,) for f in factors.unbind()]
+
+    def backward(self, views: Views, dh: Tensor, dc: Tensor) -> None:
+        """One step: factors become gate gradients, in place, and dc that of the cell before. dh, dc ``[B, 1, H]``."""
+        views[0].mul_(dh)
+
+    def input_gradient(self, dgates: Tensor, through: Tensor, dh: Tensor, dx: Tensor) -> None:
+        """Only if ``splits``: the gradient of the input gates ``[C, B, G, H]``, from that of h ``[C, B, H]``."""
+        raise NotImplementedError
+
+
+class RNN(Step):
+    gates, saved = 1, 1
+
+    def views(self, product: Tensor, spare: Tensor) -> list[Views]:
+        return [(p,) for p in product[:, :, 0].unbind()]
+
+    def save(self, product: Tensor, spare: Tensor, h: Tensor, gates: Tensor) -> None:
+        gates.copy_(h.unsqueeze(2))
+
+
+class TanhRNN(RNN):
+    def forward(self, views: Views, inputs: Views, h: Tensor, c: Tensor, h_new: Tensor, c_new: Tensor) -> None:
+        torch.tanh(views[0], out=h_new)
+
+    def activate(self, x: Tensor, h: Tensor) -> Tensor:
+        return (x + h).tanh_()
+
+    def derive(
+        self, factors: Tensor, through: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views
+    ) -> None:
+        torch.mul(gates, gates, out=factors)
+        factors.neg_().add_(1)
+
+
+class ReluRNN(RNN):
+    def forward(self, views: Views, inputs: Views, h: Tensor, c: Tensor, h_new: Tensor, c_new: Tensor) -> None:
+        torch.clamp_min(views[0], 0, out=h_new)
+
+    def activate(self, x: Tensor, h: Tensor) -> Tensor:
+        return (x + h).relu_()
+
+    def derive(
+        self, factors: Tensor, through: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views
+    ) -> None:
+        torch.gt(gates, 0, out=factors)
+
+
+class LSTM(Step):
+    """Saves i, f, g, o. Its keep is f, the way of the gradient from cell to cell; through: from h to c."""
+
+    gates, saved, has_c = 4, 4, True
+
+    def views(self, product: Tensor, spare: Tensor) -> list[Views]:
+        i, f, g, o = (gate.unbind() for gate in product.unbind(2))
+        return list(zip(product[:, :, :2].flatten(2).unbind(), i, f, g, o, spare.unbind(), strict=True))
+
+    def forward(self, views: Views, inputs: Views, h: Tensor, c: Tensor, h_new: Tensor, c_new: Tensor) -> None:
+        i_and_f, i, f, g, o, tanh_c = views
+        i_and_f.sigmoid_()
+        g.tanh_()
+        o.sigmoid_()
+        torch.mul(f, c, out=c_new)
+        c_new.addcmul_(i, g)
+        torch.tanh(c_new, out=tanh_c)
+        torch.mul(o, tanh_c, out=h_new)
+
+    def activate(self, x: Tensor, h: Tensor) -> Tensor:
+        gates = x + h
+        gates[:, :2].sigmoid_()
+        gates[:, 2].tanh_()
+        gates[:, 3].sigmoid_()
+        return gates
+
+    def derive(
+        self, factors: Tensor, through: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views
+    ) -> None:
+        before, after = c
+        i, f, g, o = gates.unbind(2)
+        di, df, dg, do = factors.unbind(2)
+        torch.sub(gates.new_ones(()), gates, out=factors)
+        factors.mul_(gates)
+        di.mul_(g)
+        df.mul_(before)
+        torch.mul(i, g, out=dg)
+        torch.addcmul(i, dg, g, value=-1, out=dg)
+        tanh_c = after.tanh()
+        do.mul_(tanh_c)
+        torch.mul(o, tanh_c, out=through)
+        torch.addcmul(o, through, tanh_c, value=-1, out=through)
+        keep.copy_(f)
+
+    def backward_views(self, factors: Tensor, through: Tensor, keep: Tensor) -> list[Views]:
+        parts = factors[:, :, :3], factors[:, :, 3:], through.unsqueeze(2), keep.unsqueeze(2)
+        return list(zip(*(part.unbind() for part in parts), strict=True))
+
+    def backward(self, views: Views, dh: Tensor, dc: Tensor) -> None:
+        difg, do, through, keep = views
+        dc.addcmul_(dh, through)
+        difg.mul_(dc)
+        do.mul_(dh)
+        dc.mul_(keep)
+
+
+class GRU(Step):
+    """Saves r, z, n and the recurrent gate of n. Its keep is z; through: from h to the input gate of n."""
+
+    gates, saved, keeps_h, splits = 3, 4, True, True
+
+    def inputs(self, x: Tensor, bias: Tensor | None) -> Iterator[Views]:
+        x_rz, x_n = x.tensor_split((x.shape[-1] // 3 * 2,), dim=-1)
+        if bias is None:
+            bias = x.new_zeros(x.shape[-1])
+        return zip([bias] * len(x), x_rz.unbind(), x_n.unbind(), strict=True)
+
+    def views(self, product: Tensor, spare: Tensor) -> list[Views]:
+        r, z, h_n = (gate.unbind() for gate in product.unbind(2))
+        r_and_z = product[:, :, :2].flatten(2).unbind()
+        return list(zip(r_and_z, r, z, h_n, spare.unbind(), strict=True))
+
+    def forward(self, views: Views, inputs: Views, h: Tensor, c: Tensor, h_new: Tensor, c_new: Tensor) -> None:
+        r_and_z, r, z, h_n, n = views
+        _, x_rz, x_n = inputs
+        r_and_z.add_(x_rz).sigmoid_()
+        torch.addcmul(x_n, r, h_n, out=n)
+        n.tanh_()
+        torch.lerp(n, h, z, out=h_new)
+
+    def save(self, product: Tensor, spare: Tensor, h: Tensor, gates: Tensor) -> None:
+        gates[:, :, :2].copy_(product[:, :, :2])
+        gates[:, :, 2].copy_(spare)
+        gates[:, :, 3].copy_(product[:, :, 2])
+
+    def activate(self, x: Tensor, h: Tensor) -> Tensor:
+        r_and_z = (x[:, :2] + h[:, :2]).sigmoid_()
+        n = torch.addcmul(x[:, 2:], r_and_z[:, :1], h[:, 2:]).tanh_()
+        return torch.cat((r_and_z, n, h[:, 2:]), dim=1)
+
+    def derive(
+        self, factors: Tensor, through: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views
+    ) -> None:
+        r, z, n, h_n = gates.unbind(2)
+        dr, dz, dn = factors.unbind(2)
+        torch.sub(gates.new_ones(()), gates[:, :, :2], out=factors[:, :, :2])
+        torch.mul(n, dz, out=through)
+        torch.addcmul(dz, through, n, value=-1, out=through)  # (1 - z) (1 - n²)
+        torch.mul(through, r, out=dn)
+        dr.mul_(dn).mul_(h_n)
+        dz.mul_(z).mul_(h - n)
+        keep.copy_(z)
+
+    def backward_views(self, factors: Tensor, through: Tensor, keep: Tensor) -> list[Views]:
+        return list(zip(factors.unbind(), strict=True))
+
+    def input_gradient(self, dgates: Tensor, through: Tensor, dh: Tensor, dx: Tensor) -> None:
+        dx[:, :, :2].copy_(dgates[:, :, :2])
+        dx[:, :, 2].copy_(through.mul_(dh))
+
+
+STEPS: dict[str, Step] = {"rnn_tanh": TanhRNN(), "rnn_relu": ReluRNN(), "lstm": LSTM(), "gru": GRU()}
+
+
+class _Masks:
+    """Which rows of which steps are exceptions: for each step a mask ``[B, 1]``, and whether it is worth applying.
+
+    Only on the CPU may Python look at a mask; elsewhere every step with a mask applies it.
+    """
+
+    def __init__(self, reset: Tensor | None, lengths: Tensor | None, T: int) -> None:
+        self.lengths = lengths
+        self.pad: Tensor | None = None  # [T, B, 1]: past the row's end
+        self.reset: Tensor | None = None  # [T, B, 1]: the step reads zeros
+        self.begins = self.pads = self.resets = [False] * T
+        if lengths is not None:
+            steps = torch.arange(T, device=lengths.device)[:, None, None]
+            ends = lengths[:, None]
+            self.pad = steps >= ends
+            begin = steps == ends - 1  # where the backward direction starts
+            self.begin_at, self.begins = begin.unbind(), _present(begin)
+            self.pad_at, self.pads = self.pad.unbind(), _present(self.pad)
+        if reset is not None:
+            self.reset = reset[:, :, None]
+            if self.pad is not None:
+                self.reset = self.reset & ~self.pad
+            self.reset_at, self.resets = self.reset.unbind(), _present(self.reset)
+
+    def last(self, states: Tensor, initial: Tensor, backwards: bool) -> Tensor:
+        """From the states ``[T, B, N]`` of every step, with lengths: each row's final one."""
+        assert self.lengths is not None
+        at = (self.lengths - 1).clamp_min_(0) * (not backwards)
+        rows = torch.arange(len(at), device=at.device)
+        return torch.where(self.lengths[:, None] == 0, initial, states[at, rows])
+
+
+def _present(mask: Tensor) -> list[bool]:
+    """For each step, whether any row is set."""
+    if mask.device.type != "cpu":
+        return [True] * len(mask)
+    return mask.flatten(1).any(1).tolist()
+
+
+def _chunks(C: int, T: int, descending: bool) -> Iterator[tuple[slice, range]]:
+    """Cut T steps into chunks of C: the steps of each, and the order in which to take them, from the chunk's start."""
+    starts = range(0, T, C)
+    for start in reversed(starts) if descending else starts:
+        steps = range(min(C, T - start))
+        yield slice(start, start + len(steps)), steps[::-1] if descending else steps
+
+
+def _chunk_size(x: Tensor) -> int:
+    T, B, _, GH = x.shape
+    values = _CHUNK_VALUES.get(x.device.type, _CHUNK_VALUES_ELSEWHERE)
+    return max(1, min(_CHUNK_STEPS, T, values // max(1, B * GH)))
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def sequence_forward(
+    cell: str,
+    x: Tensor,  # [T, B, D, G*H]  input gates, biases included
+    w_hh: Tensor,  # [D, G*H, P]
+    b_hh: Tensor | None,  # [D, G*H], of a cell that keeps its recurrent gates apart
+    w_hr: Tensor | None,  # [D, P, H]
+    h0: Tensor,  # [D, B, P]
+    c0: Tensor | None,  # [D, B, H]
+    reset: Tensor | None,  # [T, B] bool
+    lengths: Tensor | None,  # [B] int64
+    *,
+    save: bool,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Run one layer: y ``[T, B, D, P]``, h_n, c_n, cells ``[T, B, D, H]`` and, if ``save``, gates ``[T, B, D, S, H]``.
+
+    ``allow_tf32`` is for the kernels; matrix products here obey torch's own switch.
+    """
+    step = STEPS[cell]
+    T, B, D, GH = x.shape
+    P, H = w_hh.shape[2], GH // step.gates
+    wide = _wide_dtype(x)
+    y = x.new_empty(T, B, D, P)
+    cells = x.new_empty(T, B, D, H, dtype=wide) if step.has_c else None
+    gates = x.new_empty(T, B, D, step.saved, H) if save else None
+    masks = _Masks(reset, lengths, T)
+
+    C = _chunk_size(x)
+    product = x.new_empty(C, B, step.gates, H, dtype=wide)
+    spare, c_new = (x.new_empty(C, B, H, dtype=wide) for _ in range(2))
+    h_new = x.new_empty(C, B, P, dtype=wide)
+    wide_h = h_new if w_hr is None else torch.empty_like(spare)  # before the projection
+    rounded = None if x.dtype == wide else x.new_empty(B, P)
+    zero = h_new.new_zeros(())
+    views, products = step.views(product, spare), product.flatten(2).unbind()
+    h_at, wide_h_at, c_at = h_new.unbind(), wide_h.unbind(), c_new.unbind()
+    h_n, c_n = [], []
+
+    for d in range(D):
+        w = w_hh[d].to(wide).t()
+        w_out = None if w_hr is None else w_hr[d].to(wide).t()
+        bias = None if b_hh is None else b_hh[d].to(wide)
+        h = h_first = h0[d].to(wide)
+        c = c_first = h if c0 is None else c0[d].to(wide)
+        for steps, order in _chunks(C, T, descending=d == 1):
+            n = len(order)
+            inputs = list(step.inputs(x[steps, :, d].to(wide), bias))
+            for k in order:
+                t = steps.start + k
+                if d == 1 and masks.begins[t]:
+                    h = torch.where(masks.begin_at[t], h_first, h)
+                    c = torch.where(masks.begin_at[t], c_first, c) if step.has_c else c
+                if masks.resets[t]:
+                    h = torch.where(masks.reset_at[t], zero, h)
+                    c = torch.where(masks.reset_at[t], zero, c) if step.has_c else c
+                torch.addmm(inputs[k][0], h, w, out=products[k])
+                step.forward(views[k], inputs[k], h, c, wide_h_at[k], c_at[k])
+                h, c = h_at[k], c_at[k]
+                if w_out is not None:
+                    torch.mm(wide_h_at[k], w_out, out=h)
+                if rounded is not None:
+                    h.copy_(rounded.copy_(h))
+            if masks.pad is not None:
+                h_new[:n].masked_fill_(masks.pad[steps], 0)
+                c_new[:n].masked_fill_(masks.pad[steps], 0)
+            y[steps, :, d].copy_(h_new[:n])
+            if cells is not None:
+                cells[steps, :, d].copy_(c_new[:n])
+            if gates is not None:
+                step.save(product[:n], spare[:n], h_new[:n], gates[steps, :, d])
+        if lengths is not None and T > 0:
+            h = masks.last(y[:, :, d], h0[d], backwards=d == 1)
+            c = c if cells is None else masks.last(cells[:, :, d], c_first, backwards=d == 1)
+        h_n.append(h.to(x.dtype, copy=True))
+        c_n.append(c.to(x.dtype, copy=True))
+    return y, torch.stack(h_n), torch.stack(c_n) if step.has_c else None, cells, gates
+
+
+def sequence_backward(
+    cell: str,
+    dy: Tensor,  # [T, B, D, P]
+    dh_n: Tensor,  # [D, B, P]
+    dc_n: Tensor | None,  # [D, B, H]
+    dcells: Tensor | None,  # [T, B, D, H]
+    gates: Tensor,  # [T, B, D, S, H]
+    cells: Tensor | None,  # [T, B, D, H]
+    h_prev: Tensor,  # [T, B, D, P]  the state each step read
+    c_prev: Tensor | None,  # [T, B, D, H]
+    w_hh: Tensor,  # [D, G*H, P]
+    w_hr: Tensor | None,  # [D, P, H]
+    reset: Tensor | None,  # [T, B] bool
+    lengths: Tensor | None,  # [B] int64
+    *,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Gradients of input gates and recurrent gates ``[T, B, D, G*H]`` (one tensor, unless the cell tells them
+    apart), of every projected h ``[T, B, D, P]`` (with ``w_hr``), and of h0 and c0.
+    """
+    step = STEPS[cell]
+    T, B, D, P = dy.shape
+    GH, H = w_hh.shape[1], gates.shape[4]
+    wide = _wide_dtype(dy)
+    dh_gates = dy.new_empty(T, B, D, GH)
+    dx = torch.empty_like(dh_gates) if step.splits else dh_gates
+    dproj = None if w_hr is None else torch.empty_like(dy)
+    masks = _Masks(reset, lengths, T)
+
+    C = _chunk_size(dh_gates)
+    factors = dy.new_empty(C, B, step.gates, H, dtype=wide)
+    through, keep = (dy.new_empty(C, B, H, dtype=wide) for _ in range(2))
+    dh = dy.new_empty(C, B, P, dtype=wide)  # of the h that y holds
+    dh_wide = dh if w_hr is None else torch.empty_like(keep)  # of h before the projection
+    zero = dh.new_zeros(())
+    views, dgates_at = step.backward_views(factors, through, keep), factors.flatten(2).unbind()
+    dh_at, dh_wide_at, dh_rows = dh.unbind(), dh_wide.unbind(), dh_wide.unsqueeze(2).unbind()
+    keep_at: Sequence[Tensor] = keep.unbind() if step.keeps_h else ()
+    dh0, dc0 = [], []
+
+    for d in range(D):
+        w = w_hh[d].to(wide)
+        w_out = None if w_hr is None else w_hr[d].to(wide)
+        carry = dh_n[d].to(wide, copy=True)
+        dc = carry[:, :0] if dc_n is None else dc_n[d].to(wide, copy=True)
+        dc_rows = dc.unsqueeze(1)
+        for steps, order in _chunks(C, T, descending=d == 0):
+            n = len(order)
+            dy_chunk = dy[steps, :, d].to(wide)
+            dcells_chunk = None if dcells is None else dcells[steps, :, d].to(wide)
+            c = () if c_prev is None or cells is None else (c_prev[steps, :, d], cells[steps, :, d])
+            step.derive(
+                factors[:n],
+                through[:n],
+                keep[:n],
+                gates[steps, :, d].to(wide),
+                h_prev[steps, :, d].to(wide),
+                c,
+            )
+            if masks.reset is not None:
+                keep[:n].masked_fill_(masks.reset[steps], 0)
+            if masks.pad is not None:
+                pad = masks.pad[steps]
+                factors[:n].masked_fill_(pad[..., None], 0)
+                through[:n].masked_fill_(pad, 0)
+                keep[:n].masked_fill_(pad, 1)
+                dy_chunk = dy_chunk.masked_fill(pad, 0)
+                dcells_chunk = None if dcells_chunk is None else dcells_chunk.masked_fill(pad, 0)
+            dy_at = dy_chunk.unbind()
+            dcells_at = None if dcells_chunk is None else dcells_chunk.unbind()
+            for k in order:
+                t = steps.start + k
+                torch.add(carry, dy_at[k], out=dh_at[k])
+                if w_out is not None:
+                    torch.mm(dh_at[k], w_out, out=dh_wide_at[k])
+                if dcells_at is not None:
+                    dc.add_(dcells_at[k])
+                step.backward(views[k], dh_rows[k], dc_rows)
+                torch.mm(dgates_at[k], w, out=carry)
+                if masks.resets[t]:
+                    torch.where(masks.reset_at[t], zero, carry, out=carry)
+                if step.keeps_h:
+                    carry.addcmul_(dh_at[k], keep_at[k])
+                elif masks.pads[t]:
+                    torch.where(masks.pad_at[t], dh_at[k], carry, out=carry)
+            dh_gates[steps, :, d].copy_(factors[:n].flatten(2))
+            if step.splits:
+                step.input_gradient(
+                    factors[:n], through[:n], dh[:n], dx[steps, :, d].unflatten(2, (step.gates, H))
+                )
+            if dproj is not None:
+                if masks.pad is not None:
+                    dh[:n].masked_fill_(masks.pad[steps], 0)
+                dproj[steps, :, d].copy_(dh[:n])
+        dh0.append(carry.to(dy.dtype))
+        dc0.append(dc.to(dy.dtype))
+    return dx, dh_gates, dproj, torch.stack(dh0), None if dc_n is None else torch.stack(dc0)
+
+
+def step_gates(cell: str, x: Tensor, h: Tensor, c_prev: Tensor | None) -> Tensor:
+    """The gates ``[N, S, H]`` of independent steps, from input gates and recurrent gates ``[N, G*H]``."""
+    step, wide = STEPS[cell], _wide_dtype(x)
+    gates = step.activate(*(v.to(wide).unflatten(1, (step.gates, -1)) for v in (x, h)))
+    return gates.to(x.dtype)

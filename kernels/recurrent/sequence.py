@@ -1,0 +1,232 @@
+"""A whole sequence of a recurrent layer, forward and backward.
+
+The kernels here keep the recurrent weight resident: a program loads all of it before the loop over time and then
+walks its rows of the batch through every step alone, so nothing is synchronised and only gates travel. Sizes
+whose weight does not fit run step by step (``pointwise.py``); ``plan.py`` decides.
+
+Tiles are transposed, ``[BLOCK_H, BLOCK_B]``: the weight is the left operand of every product, which may stay in
+registers, and the batch is on the side that the matrix units pad least.
+"""
+
+import triton
+import triton.language as tl
+
+from ..jit import cast_tiles, keep_tiles, load_tiles, select_tiles, store_tiles
+
+
+@triton.jit
+def time_of(s, T, d):
+    """The time that direction d reads at its s-th step: s, or T-1-s in the backward direction."""
+    return s + d * (T - 1 - 2 * s)
+
+
+@triton.jit
+def row_of(t, start, d, B, D: tl.constexpr):
+    """The row of ``[T, B, D, ...]`` at which a program's tile begins; 64 bits, for T*B*D*width may be large."""
+    return (B.to(tl.int64) * t + start) * D + d
+
+
+@triton.jit
+def recurrent_gates(w, bias, state, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    gates = ()
+    operand = state.to(dtype)
+    for g in tl.static_range(len(w)):
+        gate = tl.dot(w[g], operand, input_precision=PRECISION)
+        if len(bias) > 0:
+            gate += bias[g]
+        gates = gates + (gate,)
+    return gates
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def sequence_forward_kernel(
+    x_ptr,  # [T, B, D, G, H]   input gates
+    w_ptr,  # [D, G, H, H]      recurrent weight
+    bias_ptr,  # [D, G, H]      recurrent bias, or None
+    h0_ptr,  # [D, B, H]
+    c0_ptr,  # [D, B, H]        or None: a cell without c
+    reset_ptr,  # [T, B]        or None
+    lengths_ptr,  # [B]         or None
+    y_ptr,  # [T, B, D, H]      output
+    h_n_ptr,  # [D, B, H]
+    c_n_ptr,  # [D, B, H]       or None, with c0
+    cells_ptr,  # [T, B, D, H]  every c, or None, with c0
+    gates_ptr,  # [T, B, D, S, H]  what backward needs, or None
+    T,
+    B,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    H: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    start = tl.program_id(0) * BLOCK_B
+    d = tl.program_id(1)
+    h = tl.arange(0, BLOCK_H)[:, None]
+    k = tl.arange(0, BLOCK_H)[None, :]
+    b = tl.arange(0, BLOCK_B)[None, :]
+    mask_b = start + b < B
+    mask = (h < H) & mask_b
+    DTYPE: tl.constexpr = w_ptr.dtype.element_ty
+
+    w = load_tiles(w_ptr + d * (G * H * H), h * H + k, (h < H) & (k < H), G, H * H)
+    bias = ()
+    if bias_ptr is not None:
+        bias = cast_tiles(load_tiles(bias_ptr + d * (G * H), h, h < H, G, H), tl.float32)
+    initial = (B.to(tl.int64) * d + start) * H
+    state = (tl.load(h0_ptr + initial + b * H + h, mask=mask, other=0.0).to(tl.float32),)
+    if c0_ptr is not None:
+        state = state + (tl.load(c0_ptr + initial + b * H + h, mask=mask, other=0.0).to(tl.float32),)
+    if lengths_ptr is not None:
+        length = tl.load(lengths_ptr + start + b, mask=mask_b, other=0)
+
+    t = time_of(0, T, d)
+    x = load_tiles(x_ptr + row_of(t, start, d, B, D) * (G * H), b * (D * G * H) + h, mask, G, H)
+    reset = mask_b
+    if reset_ptr is not None:
+        reset = tl.load(reset_ptr + B.to(tl.int64) * t + start + b, mask=mask_b, other=0)
+    for s in range(T):
+        t = time_of(s, T, d)
+        row = row_of(t, start, d, B, D)
+        # The next step's reads begin before this step's chain of products; the last step reads its own again.
+        t_next = time_of(tl.minimum(s + 1, T - 1), T, d)
+        row_next = row_of(t_next, start, d, B, D)
+        x_next = load_tiles(x_ptr + row_next * (G * H), b * (D * G * H) + h, mask, G, H)
+        reset_next = mask_b
+        read = state
+        if reset_ptr is not None:
+            reset_next = tl.load(reset_ptr + B.to(tl.int64) * t_next + start + b, mask=mask_b, other=0)
+            read = keep_tiles(reset == 0, state)
+
+        gates, new = STEP(cast_tiles(x, tl.float32), recurrent_gates(w, bias, read[0], DTYPE, PRECISION), read)
+
+        state = new
+        if lengths_ptr is not None:
+            alive = t < length
+            state = select_tiles(alive, new, state)
+            new = keep_tiles(alive, new)
+        tl.store(y_ptr + row * H + b * (D * H) + h, new[0].to(y_ptr.dtype.element_ty), mask=mask)
+        if cells_ptr is not None:
+            tl.store(cells_ptr + row * H + b * (D * H) + h, new[1], mask=mask)
+        if gates_ptr is not None:
+            store_tiles(gates_ptr + row * (S * H), b * (D * S * H) + h, gates, mask, H)
+        x = x_next
+        reset = reset_next
+
+    tl.store(h_n_ptr + initial + b * H + h, state[0].to(h_n_ptr.dtype.element_ty), mask=mask)
+    if c_n_ptr is not None:
+        tl.store(c_n_ptr + initial + b * H + h, state[1].to(c_n_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def arriving(
+    dy_ptr, dcells_ptr, gates_ptr, cells_ptr, h_prev_ptr, c_prev_ptr, row, b, h, mask,
+    D: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
+):  # fmt: skip
+    """What backward reads at one step: the gradients of its outputs, the saved gates, and ``kept``."""
+    in_row = b * (D * H) + h
+    dout = load_tiles(dy_ptr + row * H, in_row, mask, 1, 0)
+    if dcells_ptr is not None:
+        dout = dout + load_tiles(dcells_ptr + row * H, in_row, mask, 1, 0)
+    saved = load_tiles(gates_ptr + row * (S * H), b * (D * S * H) + h, mask, S, H)
+    kept = ()
+    if h_prev_ptr is not None:
+        kept = kept + load_tiles(h_prev_ptr + row * H, in_row, mask, 1, 0)
+    if c_prev_ptr is not None:
+        kept = kept + load_tiles(c_prev_ptr + row * H, in_row, mask, 1, 0)
+        kept = kept + load_tiles(cells_ptr + row * H, in_row, mask, 1, 0)
+    return dout, saved, kept
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def sequence_backward_kernel(
+    dy_ptr,  # [T, B, D, H]      gradient of the output
+    dh_n_ptr,  # [D, B, H]
+    dc_n_ptr,  # [D, B, H]       or None: a cell without c
+    dcells_ptr,  # [T, B, D, H]  gradient of every c, or None
+    gates_ptr,  # [T, B, D, S, H]  what forward saved
+    cells_ptr,  # [T, B, D, H]   every c, or None, with dc_n
+    h_prev_ptr,  # [T, B, D, H]  the h that each step read, or None: the cell does not need it
+    c_prev_ptr,  # [T, B, D, H]  the c that each step read, or None, with dc_n
+    w_ptr,  # [D, G, H, H]       recurrent weight
+    reset_ptr,  # [T, B]         or None
+    lengths_ptr,  # [B]          or None
+    dx_ptr,  # [T, B, D, G, H]   gradient of the input gates
+    dh_ptr,  # [T, B, D, G, H]   gradient of the recurrent gates, or None: the same
+    dh0_ptr,  # [D, B, H]
+    dc0_ptr,  # [D, B, H]        or None, with dc_n
+    T,
+    B,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    H: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    start = tl.program_id(0) * BLOCK_B
+    d = tl.program_id(1)
+    h = tl.arange(0, BLOCK_H)[:, None]
+    k = tl.arange(0, BLOCK_H)[None, :]
+    b = tl.arange(0, BLOCK_B)[None, :]
+    mask_b = start + b < B
+    mask = (h < H) & mask_b
+    DTYPE: tl.constexpr = w_ptr.dtype.element_ty
+
+    w = load_tiles(w_ptr + d * (G * H * H), k * H + h, (h < H) & (k < H), G, H * H)  # transposed
+    initial = (B.to(tl.int64) * d + start) * H
+    dstate = (tl.load(dh_n_ptr + initial + b * H + h, mask=mask, other=0.0).to(tl.float32),)
+    if dc_n_ptr is not None:
+        dstate = dstate + (tl.load(dc_n_ptr + initial + b * H + h, mask=mask, other=0.0).to(tl.float32),)
+    if lengths_ptr is not None:
+        length = tl.load(lengths_ptr + start + b, mask=mask_b, other=0)
+
+    t = time_of(T - 1, T, d)
+    row = row_of(t, start, d, B, D)
+    dout, saved, kept = arriving(
+        dy_ptr, dcells_ptr, gates_ptr, cells_ptr, h_prev_ptr, c_prev_ptr, row, b, h, mask, D, S, H
+    )  # fmt: skip
+    for s in range(T):
+        t = time_of(T - 1 - s, T, d)
+        row = row_of(t, start, d, B, D)
+        row_next = row_of(time_of(tl.maximum(T - 2 - s, 0), T, d), start, d, B, D)
+        dout_next, saved_next, kept_next = arriving(
+            dy_ptr, dcells_ptr, gates_ptr, cells_ptr, h_prev_ptr, c_prev_ptr, row_next, b, h, mask, D, S, H
+        )  # fmt: skip
+
+        dafter = (dstate[0] + dout[0].to(tl.float32),)
+        if dcells_ptr is not None:
+            dafter = dafter + (dstate[1] + dout[1],)
+        else:
+            dafter = dafter + dstate[1:]
+        dx, dh, dbefore = STEP(cast_tiles(saved, tl.float32), cast_tiles(kept, tl.float32), dafter)
+        if lengths_ptr is not None:
+            alive = t < length
+            dx = keep_tiles(alive, dx)
+            dh = keep_tiles(alive, dh)
+        store_tiles(dx_ptr + row * (G * H), b * (D * G * H) + h, dx, mask, H)
+        if dh_ptr is not None:
+            store_tiles(dh_ptr + row * (G * H), b * (D * G * H) + h, dh, mask, H)
+
+        through = dbefore[0]
+        for g in tl.static_range(G):
+            through = tl.dot(w[g], dh[g].to(DTYPE), through, input_precision=PRECISION)
+        dbefore = (through,) + dbefore[1:]
+        if reset_ptr is not None:
+            reset = tl.load(reset_ptr + B.to(tl.int64) * t + start + b, mask=mask_b, other=0)
+            dbefore = keep_tiles(reset == 0, dbefore)
+        if lengths_ptr is not None:
+            dbefore = select_tiles(alive, dbefore, dstate)
+        dstate = dbefore
+        dout = dout_next
+        saved = saved_next
+        kept = kept_next
+
+    tl.store(dh0_ptr + initial + b * H + h, dstate[0].to(dh0_ptr.dtype.element_ty), mask=mask)
+    if dc0_ptr is not None:
+        tl.store(dc0_ptr + initial + b * H + h, dstate[1].to(dc0_ptr.dtype.element_ty), mask=mask)
