@@ -102,9 +102,7 @@ def _finish(rows: list[Row], options: argparse.Namespace, seconds: float, ceilin
         speeds = [_speed(row, side) for row in judged if "sides" in row]
         if speeds:
             of = stopwatch.Spread.of(speeds)
-            spread = (
-                f"median {of.median:.3f}  quartiles {of.lower:.3f} {of.upper:.3f}  least {min(speeds):.3f}"
-            )
+            spread = f"median {of.median:.3f}  quartiles {of.lower:.3f} {of.upper:.3f}  least {min(speeds):.3f}"
             print(f"{title:<16} {spread}")
     print(f"below {FLOOR} within the noise: {len(unclear)}; beyond it or red: {len(bad)}")
     for name in bad:
@@ -156,9 +154,7 @@ def _print_row(row: Row) -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--threads", type=int, default=torch.get_num_threads(), help="torch's threads (default: its own)")
     add("--minutes", type=float, default=7.0, help="no repeats are begun after this")

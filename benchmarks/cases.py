@@ -126,8 +126,8 @@ def prepare(case: Case, device: str = "cpu", implementations: tuple[str, ...] = 
 def _modules(case: Case, device: str, suffix: str = "", **options: Any) -> tuple[nn.Module, nn.Module]:
     """Torch's module and ours on the same parameters, not equal ones.
 
-    Two copies of a weight differ in speed by where they lie: one on huge pages, one not; one still in a cache,
-    one evicted by the other. Measured on a CPU, a copy alone made identical code up to 1.8 times slower.
+    Two copies of a weight differ in speed by where they lie: on huge pages or not, in a cache or evicted by
+    the other. On a CPU such a copy alone made the same step take 1.8 times as long.
     """
     name, dtype = _LAYERS[case.cell] + suffix, getattr(torch, case.dtype)
     theirs = getattr(nn, name)(case.H, case.H, **options).to(device, dtype)

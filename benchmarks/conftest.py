@@ -28,6 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(config.getoption("--threads"))
     config.option.benchmark_warmup = True
     config.option.benchmark_disable_gc = True
+    config.option.benchmark_columns = config.option.benchmark_columns or ["min", "median", "iqr", "rounds"]
     config.option.benchmark_timer = "torch.utils.benchmark.utils.timer.timer"
     if config.option.benchmark_max_time == "1.0":  # the plugin's default, which the warm-up takes once more
         config.option.benchmark_max_time = "0.5"

@@ -82,9 +82,7 @@ def main() -> int:
     return time_all(cases, barred, said, options)
 
 
-def time_all(
-    cases: list[Case], barred: dict[tuple[str, str], str], tests: str, options: argparse.Namespace
-) -> int:
+def time_all(cases: list[Case], barred: dict[tuple[str, str], str], tests: str, options: argparse.Namespace) -> int:
     """Append a row for every case not yet in ``rows.jsonl``, until the time is spent."""
     deadline = time.monotonic() + options.seconds
     rows = Path(options.output) / "rows.jsonl"
@@ -103,9 +101,7 @@ def time_all(
                 provenance |= {"commit": options.commit, "modified": None}
             dtypes = sorted({case.dtype for case in cases})
             ceilings = {dtype: measure.ceiling_tflops(options.device, dtype) for dtype in dtypes}
-            append(
-                {"provenance": provenance, "ceiling_tflops": ceilings, "tests": tests, "smoke": options.smoke}
-            )
+            append({"provenance": provenance, "ceiling_tflops": ceilings, "tests": tests, "smoke": options.smoke})
             known = [{"ceiling_tflops": ceilings}]
         ceilings = known[0]["ceiling_tflops"]
         print(report.HEADER)
@@ -158,9 +154,7 @@ def one(case: Case, ceiling: float, device: str) -> dict[str, Any]:
 
 def _gated_and_timed(case: Case, ceiling: float, device: str) -> dict[str, Any]:
     """Torch, our kernel by name, and ``auto`` where the cost of a call is the question."""
-    kernel = (
-        "triton" if device == "cuda" else "reference"
-    )  # without a GPU the reference stands in, to run this code
+    kernel = "triton" if device == "cuda" else "reference"  # without a GPU the reference stands in, to run this code
     names = (kernel, "auto") if case.kind == "step" else (kernel,)
     contest = prepare(case, device, names)
     facts = _choices(contest, kernel)
@@ -172,6 +166,12 @@ def _gated_and_timed(case: Case, ceiling: float, device: str) -> dict[str, Any]:
             return facts | {"red": f"{name}: {wrong}"}
     race = measure.time_sides(contest, rounds=30, least_s=0.15, least_rounds=5)
     return measure.row(case, race, ceiling, kernel=kernel, **facts)
+
+
+def _kernel(device: str) -> str:
+    """What is timed as our kernel. Without a GPU the reference stands in, so that all of this code can be run."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return "triton" if device == "cuda" or interpreted else "reference"
 
 
 def _choices(contest: Contest, kernel: str) -> dict[str, Any]:
@@ -268,7 +268,7 @@ def warm(cases: list[Case], device: str, workers: int) -> int:
 def _compile(case: Case, device: str) -> str | None:
     """Run one case once; what goes wrong is returned as text (the timing meets it again and reports it)."""
     torch.set_num_threads(1)
-    kernel = "triton" if device == "cuda" else "reference"
+    kernel = _kernel(device)
     contest = prepare(case, device, (kernel,))
     try:
         with contest.grad_mode():
@@ -283,9 +283,7 @@ def _compile(case: Case, device: str) -> str | None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", metavar="OUT", help="folder of rows.jsonl, gpu.json, crossover.md")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--seconds", type=float, default=300.0, help="no case is begun after this")
@@ -293,9 +291,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to run this code without a GPU")
     parser.add_argument("--warm", action="store_true", help="only compile, in parallel")
     parser.add_argument("--workers", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)))
-    parser.add_argument(
-        "--finish", action="store_true", help="only turn the rows into gpu.json and crossover.md"
-    )
+    parser.add_argument("--finish", action="store_true", help="only turn the rows into gpu.json and crossover.md")
     return parser.parse_args()
 
 

@@ -43,8 +43,8 @@ exec > >(tee "$out/log.txt") 2>&1
 tee_pid=$!
 
 say "install, without dependencies"
-if within 60 400 "$python" -m pip install -q --no-deps --no-build-isolation -e . \
-    && within 30 400 "$python" -c 'import fastseq'; then
+if within 60 $((seconds * 2 / 3)) "$python" -m pip install -q --no-deps --no-build-isolation -e . \
+    && within 30 $((seconds / 2)) "$python" -c 'import fastseq'; then
   echo "installed"
 else
   echo "not installed (the reason is above): running from the source folder"
@@ -69,7 +69,7 @@ for file in tests/test_kernels_*.py; do
   name=$(basename "$file" .py)
   echo "#file $name" >> "$out/tests.log"
   # The project's own addopts name an option of pytest-benchmark, which may be absent.
-  within $((tests_end - SECONDS)) 120 "$python" -m pytest "$file" -v --tb=short -p no:cacheprovider \
+  within $((tests_end - SECONDS)) $((seconds / 4)) "$python" -m pytest "$file" -v --tb=short -p no:cacheprovider \
     -o addopts=--strict-markers -o faulthandler_timeout=60 --junitxml="$out/junit-$name.xml" >> "$out/tests.log" 2>&1
   code=$?
   printf '\n#code %s\n' "$code" >> "$out/tests.log"
@@ -79,7 +79,7 @@ done
 
 gpu=("$python" benchmarks/gpu.py "$out" --device "$device" $smoke ${commit:+--commit "$commit"})
 say "compile the kernels, many at a time (results are not kept, only the compiler's cache)"
-within "$warm_seconds" $((suite_seconds + 90)) "${gpu[@]}" --warm
+within "$warm_seconds" $((suite_seconds + seconds / 5)) "${gpu[@]}" --warm
 [ $? -ne 124 ] || echo "cut short: what is left compiles when it is timed"
 
 say "timings"

@@ -5,9 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-HEADER = (
-    f"{'case':<48}{'torch ms':>10}{'kernel ms':>10}{'µs/step':>9}{'speed':>7}{'noise':>7}  auto would run"
-)
+HEADER = f"{'case':<48}{'torch ms':>10}{'kernel ms':>10}{'µs/step':>9}{'speed':>7}{'noise':>7}  auto would run"
 Row = dict[str, Any]
 TROUBLES = ("barred", "refused", "red", "hung", "error")  # why a row has no timing
 

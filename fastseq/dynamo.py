@@ -10,25 +10,26 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 
 _BUILDER = "torch._dynamo.variables.builder"
-_types: list[type[torch.nn.Module]] = []
+_types: weakref.WeakSet[type[torch.nn.Module]] = weakref.WeakSet()  # parametrisations make classes by the dozen
 
 
 def trace(cls: type[torch.nn.Module]) -> None:
     """Have Dynamo trace into this type: now if it is loaded, else as soon as it is."""
-    _types.append(cls)
+    _types.add(cls)
     builder = sys.modules.get(_BUILDER)
     if builder is not None:
         _permit(builder, [cls])
 
 
-def _permit(builder: Any, types: list[type[torch.nn.Module]]) -> None:
+def _permit(builder: Any, types: Iterable[type[torch.nn.Module]]) -> None:
     def wrap(self: Any, value: torch.nn.Module) -> Any:
         import torch._dynamo.config
 

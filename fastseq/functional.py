@@ -21,7 +21,7 @@ from .reference import recurrent as reference
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
 # What CPU autocast leaves in fp32; everything else, and all of it on a GPU, runs in the autocast dtype.
-_NOT_CAST_ON_CPU = {"gru"}
+_NOT_CAST_ON_CPU = {"gru", "gru_cell", "lstm_cell"}
 
 
 def lstm(
@@ -165,7 +165,7 @@ def lstm_cell(
         >>> h, c = fastseq.functional.lstm_cell(
         ...     torch.randn(2, 4), (torch.zeros(2, 8), torch.zeros(2, 8)), *m.parameters())
     """
-    h, c = single("lstm", input, (hx[0], hx[1]), w_ih, w_hh, b_ih, b_hh, reset)
+    h, c = single("lstm", input, (hx[0], hx[1]), (w_ih, w_hh, b_ih, b_hh), reset)
     return h, c
 
 
@@ -188,7 +188,7 @@ def gru_cell(
         >>> m = torch.nn.GRUCell(4, 8)
         >>> h = fastseq.functional.gru_cell(torch.randn(2, 4), torch.zeros(2, 8), *m.parameters())
     """
-    return single("gru", input, (hx,), w_ih, w_hh, b_ih, b_hh, reset)[0]
+    return single("gru", input, (hx,), (w_ih, w_hh, b_ih, b_hh), reset)[0]
 
 
 def rnn_cell(
@@ -211,7 +211,7 @@ def rnn_cell(
         >>> m = torch.nn.RNNCell(4, 8)
         >>> h = fastseq.functional.rnn_cell(torch.randn(2, 4), torch.zeros(2, 8), *m.parameters())
     """
-    return single(_rnn(nonlinearity), input, (hx,), w_ih, w_hh, b_ih, b_hh, reset)[0]
+    return single(_rnn(nonlinearity), input, (hx,), (w_ih, w_hh, b_ih, b_hh), reset)[0]
 
 
 def _rnn(nonlinearity: str) -> str:
@@ -280,10 +280,11 @@ def sequence(
     else:
         keep = "cells" if return_cells else "nothing"
 
-    def run(*args: Tensor) -> tuple[Tensor, ...]:
+    def run(*args: Any) -> Any:
+        everything: Any = (cell, *args, reset, lengths)
         if name == "reference":
-            return reference.layer(cell, *args, reset, lengths)  # type: ignore[arg-type,return-value]
-        return sequence_ops.recurrent(cell, *args, reset, lengths, keep, name)[:4]  # type: ignore[no-any-return]
+            return reference.layer(*everything)
+        return sequence_ops.recurrent(*everything, keep, name)[:4]
 
     stacks = reference.stacked(params, has_biases, num_layers, 2 if bidirectional else 1)
     y, final, cells = reference.network(run, input, hx, stacks, dropout if train else 0.0)
@@ -348,38 +349,32 @@ def single(
     cell: str,
     input: Tensor,
     hx: tuple[Tensor, ...],
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
+    weights: Any,
     reset: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """One step of any cell; returns its states."""
+    """One step of any cell with its four weights (None for an absent bias); returns its states."""
     if reset is not None:
         check_reset(reset, (input.shape[0],), "[B]", input.device)
         hx = tuple(state.masked_fill(reset[:, None], 0) for state in hx)
     if not torch.compiler.is_compiling():
-        name = choose_single(cell, input, w_hh).name
+        name = choose_single(cell, input, weights[1]).name
     else:  # PyTorch's own cells compile as they are; a choice by name is obeyed when the graph runs
         name = "" if implementation.named else "torch"
     if name == "torch":
-        states = getattr(torch, f"{cell}_cell")(input, hx if cell == "lstm" else hx[0], w_ih, w_hh, b_ih, b_hh)
+        states = getattr(torch, f"{cell}_cell")(input, hx if cell == "lstm" else hx[0], *weights)
         return states if cell == "lstm" else (states,)
-    weights: list[Tensor | None] = [w_ih, w_hh, b_ih, b_hh]
-    dtype = _autocast_dtype(cell, input)
+    new: Any
+    dtype = _autocast_dtype(f"{cell}_cell", input)
     if dtype is not None:
         input, hx = input.to(dtype), tuple(state.to(dtype) for state in hx)
         weights = [None if w is None else w.to(dtype) for w in weights]
-    h, c = (*hx, None)[:2]
+    state: Any = (*hx, None)[:2]
     with torch.autocast(input.device.type, enabled=False):
         if name == "reference":
-            new = reference.single(cell, input, h, c, *weights)  # type: ignore[arg-type]
-        elif name == "":  # a sequence of one step
-            one = [None if t is None else t[None] for t in (input, *weights, None, h, c)]
-            new = [s[0] for s in sequence_ops.recurrent(cell, *one, None, None, "gates", name)[1:3]]
+            new = reference.single(cell, input, *state, *weights)
         else:
-            keep = needs_gradient((input, *hx, *weights))
-            new = cell_ops.step(cell, input, h, c, *weights, keep)
+            keep = "gates" if needs_gradient((input, *hx, *weights)) else "nothing"
+            new = cell_ops.step(cell, input, *state, *weights, keep, name)
     return tuple(new[: len(hx)])
 
 

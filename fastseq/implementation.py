@@ -107,13 +107,12 @@ def choose(refusals: dict[str, Callable[[], str | None]], fastest: Callable[[], 
             raise Unsupported(f"{name}: {refusal}")
         return Choice(name, f"asked for by use({name!r})")
     preferred, reason = fastest()
-    others = []
+    others: list[tuple[str, str]] = []
     for candidate in (preferred, *(n for n in IMPLEMENTATIONS if n != preferred)):
         refusal = refusals[candidate]()
         if refusal is None:
             why = reason if candidate == preferred else "the fastest that can"
-            passed_over = tuple((n, w) for n, w in others)
-            return Choice(candidate, why, passed_over)
+            return Choice(candidate, why, tuple(others))
         others.append((candidate, refusal))
     raise Unsupported("; ".join(f"{n}: {why}" for n, why in others))
 

@@ -22,7 +22,7 @@ import fastseq
 
 __all__ = ["Race", "Row", "Spread", "provenance", "race"]
 
-SHORTEST_SAMPLE_S = 2e-3  # a sample is at least this long, so that the clock and the synchronisation do not show
+SHORTEST_SAMPLE_S = 2e-3  # a sample is at least this long: clock and synchronisation do not show
 MOST_CALLS = 1000
 FEWEST_ROUNDS = 3  # below this there are no quartiles, whatever the budget
 
@@ -82,9 +82,7 @@ class Race:
             if len(others) != 1:
                 raise ValueError(f"ratio() needs a name, one of {', '.join(self.seconds)}")
             name = others[0]
-        return Spread.of(
-            own / peer for own, peer in zip(self.seconds[name], self.seconds[self.peer], strict=True)
-        )
+        return Spread.of(own / peer for own, peer in zip(self.seconds[name], self.seconds[self.peer], strict=True))
 
     def noise(self) -> Spread | None:
         """Return the ratio of the peer against itself: what differs from 1 here is not a result."""
@@ -92,7 +90,7 @@ class Race:
 
     def rows(self) -> list[Row]:
         """Return a row per contestant, in the order given, the peer's second run last."""
-        return [Row(name, self.time(name), self.ratio(name), len(self.seconds[name])) for name in self.seconds]
+        return [Row(name, self.time(name), self.ratio(name), len(own)) for name, own in self.seconds.items()]
 
     def record(self) -> dict[str, object]:
         """Return everything as plain data for a JSON file."""
@@ -121,15 +119,18 @@ def race(
 ) -> Race:
     """Time functions side by side: every round takes one sample of each, in an order that turns and reverses.
 
-    `peer` (default: the first) is what the others are compared with; with `again` it takes part twice, so that
-    the noise is measured together with the result. A sample is the mean over `calls` calls (default: as many
-    as fill 2 ms). `budget_s` ends the race early, after three rounds at the soonest. `setup[name]` runs untimed
-    before each sample of that contestant. `threads` pins torch's threads meanwhile. The default clock is torch's,
-    which waits for the accelerator; the garbage collector is off within a sample.
-    `after_round(k)` is called after round k, for a progress bar.
+    `peer` (default: the first) is what the others are compared with; with `again` it takes part twice, so
+    that the noise is measured together with the result. A sample is the mean over `calls` calls (default: as
+    many as fill 2 ms), with the garbage collector off. `budget_s` ends the race early, after three rounds at
+    the soonest. `setup[name]` runs untimed before each sample of that contestant. `threads` pins torch's
+    threads meanwhile. The default clock is torch's, which waits for the accelerator. `after_round(k)` is
+    called after round k, for a progress bar.
 
-    >>> result = race({"torch": lambda: torch.ones(64).sum(), "fastseq": lambda: torch.ones(64).sum()}, rounds=3)
-    >>> 0 < result.ratio().median
+    Raises ValueError for no contestants, an unknown peer, or less than one round.
+
+    >>> x = torch.ones(64)
+    >>> result = race({"torch": lambda: x.softmax(0), "fastseq": lambda: x.log_softmax(0).exp()}, rounds=3)
+    >>> result.ratio().median > 0
     True
     """
     if not contestants:
@@ -146,9 +147,7 @@ def race(
     if second is not None:
         entries[second] = entries[peer]
         setups[second] = setups.get(peer, _nothing)
-    timers = {
-        name: timeit.Timer(entry, setups.get(name, _nothing), timer=clock) for name, entry in entries.items()
-    }
+    timers = {name: timeit.Timer(entry, setups.get(name, _nothing), timer=clock) for name, entry in entries.items()}
 
     with set_torch_threads(torch.get_num_threads() if threads is None else threads):
         for _ in range(warmup):
@@ -174,7 +173,7 @@ def race(
 def provenance(device: torch.device | str = "cpu") -> dict[str, object]:
     """Return what a number must carry to be traced: commit, versions, device, threads, date.
 
-    `commit` is None outside a git checkout of this package; `modified` says that the checkout differed from it.
+    `commit` is None outside a git checkout of this package; `modified` says whether files differ from it.
 
     >>> sorted(provenance())[:4]
     ['commit', 'cores', 'cpu', 'cuda']
@@ -190,7 +189,7 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, object]:
         "triton": _triton_version(),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,  # type: ignore[no-untyped-call]
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device_name(device),
@@ -249,7 +248,8 @@ def _checkout() -> tuple[str | None, bool | None]:
 def _git(folder: Path, *arguments: str) -> str | None:
     """Return what git answered, or None where there is no git or it refused."""
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+        command = ["git", "-C", str(folder), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

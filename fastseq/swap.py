@@ -78,8 +78,9 @@ def swap(model: torch.nn.Module) -> Report:
     classes that torch made for one module (swap before parametrising or ``fully_shard``); modules whose
     ``forward`` was replaced on the instance; TorchScript and quantised modules.
 
-    ``isinstance(module, torch.nn.LSTM)`` stays true. Tools that look for the exact type, such as
-    ``torch.jit.script`` and ``torch.ao.quantization``, do not know a swapped module: :func:`restore` first.
+    ``isinstance(module, torch.nn.LSTM)`` stays true. :func:`restore` before tools that go by the exact type:
+    ``torch.ao.quantization`` and ``torch.fx`` do not know a swapped module, ``torch.jit.script`` puts a torch
+    module in its place.
 
     Args:
         model: any module, on any device, trained or not, compiled or not.

@@ -40,10 +40,7 @@ def imported(path: Path, at_call: bool) -> set[str]:
     """The rooms of ours that a file imports, at module level or inside its functions."""
     tree = ast.parse(path.read_text())
     inside = {
-        node
-        for f in ast.walk(tree)
-        if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef)
-        for node in ast.walk(f)
+        node for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for node in ast.walk(f)
     }
     package = ("fastseq", *path.relative_to(ROOMS).parts[:-1])
     rooms = set()

@@ -84,6 +84,9 @@ def assert_swap_is_invisible(build: Callable[[], nn.Module]) -> None:
     expected = run(model, x)
     assert fastseq.swap(model)
     assert_same(run(model, x), expected)
+    if not getattr(model, "dropout", 0):  # the path that does not go through torch.nn's own forward
+        with fastseq.use("reference"):
+            torch.testing.assert_close(run(model, x), expected)
     assert fastseq.restore(model)
     assert_same(run(model, x), expected)
 
@@ -233,14 +236,10 @@ def test_copies_and_pickles_after_the_swap(module: nn.Module) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("case", ["lstm", "lstm_deep", "gru", "rnn_tanh"])
+@pytest.mark.parametrize("case", BUILDERS)
 def test_hook_based_weight_norm_survives(case: str) -> None:
-    assert_swap_is_invisible(lambda: weight_norm(BUILDERS[case](), "weight_hh_l0"))
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_hook_based_weight_norm_of_a_cell_survives() -> None:
-    assert_swap_is_invisible(lambda: weight_norm(nn.GRUCell(I, H), "weight_hh"))
+    name = "weight_hh" if case.endswith("cell") else "weight_hh_l0"
+    assert_swap_is_invisible(lambda: weight_norm(BUILDERS[case](), name))
 
 
 def test_pruning_survives() -> None:
@@ -390,6 +389,17 @@ def test_forward_replaced_on_the_instance_is_left_alone() -> None:
 def test_torchscript_is_left_alone() -> None:
     assert "TorchScript" in reason(torch.jit.script(nn.Sequential(nn.LSTM(I, H))))
     assert "TorchScript" in reason(torch.jit.trace(nn.GRU(I, H), torch.randn(T, B, I)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_restored_suits_tools_that_go_by_the_exact_type() -> None:
+    model = nn.Sequential(nn.LSTM(I, H))
+    x = torch.randn(T, B, I)
+    expected, _ = model(x)
+    fastseq.swap(model)
+    fastseq.restore(model)
+    assert torch.equal(torch.jit.script(model)(x)[0], expected)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x)[0], expected)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -19,7 +19,7 @@ EQUAL, MISMATCH, MISTAKE, INTERRUPTED = 0, 1, 2, 130  # exit codes; 130 is what 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 1 on a mismatch, 2 on a user's mistake, 130 on Ctrl-C.
+    """Run the command line; return 0, or 1 on a mismatch, 2 on a user's mistake, 130 on Ctrl-C.
 
     >>> from fastseq.cli import main
     >>> main(["compare", "no_colon.py"])
@@ -46,7 +46,8 @@ def _run(arguments: argparse.Namespace) -> bool:
     if arguments.command == "bench":
         return bench.bench(arguments.names, settings, budget_s=arguments.budget, as_json=arguments.json)
     if arguments.target is None:
-        return language.language(arguments.cell or "lstm", arguments.steps or language.STEPS, settings, arguments.output)
+        cell, steps = arguments.cell or "lstm", arguments.steps or language.STEPS
+        return language.language(cell, steps, settings, arguments.output)
     for option in ("cell", "steps"):
         if getattr(arguments, option) is not None:
             raise Mistake(f"--{option} belongs to the built-in model, not to {arguments.target}")
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastseq {fastseq.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="compare|bench|info")
 
-    running = argparse.ArgumentParser(add_help=False)
+    running = _Parser(add_help=False)
     running.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
     )
@@ -79,13 +80,13 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "compare", parents=[running], help="swap a model, prove it equal, time both side by side, plot it",
-        description="Without an argument: trains a character language model on the prose of Python's own help"
-        " pages, with torch.nn and swapped, from the same seed. With FILE.py:factory: checks and times your model.",
+        description="Without an argument: trains a character language model on the prose of Python's own"
+        " help pages, with torch.nn and swapped, from the same seed. With FILE.py:factory: your own model.",
     )  # fmt: skip
     command.add_argument(
         "target", nargs="?", metavar="FILE.py:factory", help="a function that returns (model, inputs)"
     )
-    command.add_argument("--cell", choices=tuple(language.LAYERS), help="the built-in model's cell (default: lstm)")
+    command.add_argument("--cell", choices=tuple(language.LAYERS), help="built-in model's (default: lstm)")
     command.add_argument("--steps", type=_positive, help=f"training steps (default: {language.STEPS})")
     command.add_argument(
         "--output", type=Path, default=Path("fastseq-compare"),
@@ -93,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     command = commands.add_parser("bench", parents=[running], help="time operations against torch.nn")
-    command.add_argument("names", nargs="*", metavar="NAME", help=f"among {', '.join(bench.CASES)} (default: all)")
+    command.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(bench.CASES)} (default: all)")
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.add_argument("--budget", type=float, default=2.0, help="seconds per row (default: %(default)s)")
 

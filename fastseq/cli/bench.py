@@ -48,7 +48,7 @@ CASES: dict[str, tuple[type[nn.Module], tuple[Shape, ...]]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """One line: a case, one way to run it, times of both sides, the ratio, and the ratio of torch with itself."""
+    """One line: a case, a way to run it, both times, their ratio, and the ratio of torch with itself."""
 
     case: str
     shape: str
@@ -62,7 +62,7 @@ class Result:
 
 
 def bench(names: Sequence[str], settings: Settings, *, budget_s: float, as_json: bool) -> bool:
-    """Time the named cases (none: all) against torch.nn; the result says whether all of them agree with it."""
+    """Time the named cases (none: all) against torch.nn; the result says whether all agree with it."""
     for name in names:
         if name not in CASES:
             raise Mistake(f"no case {name!r}; there are {', '.join(CASES)}")
@@ -79,8 +79,8 @@ def bench(names: Sequence[str], settings: Settings, *, budget_s: float, as_json:
         advance(len(todo), "")
         facts = provenance(settings.device)
     if as_json:
-        rows = [asdict(result) for result in results]
-        print_json({"provenance": facts, "settings": settings.record(), "rows": rows, "mismatches": mismatches})
+        record = {"provenance": facts, "settings": settings.record()}
+        print_json({**record, "rows": [asdict(result) for result in results], "mismatches": mismatches})
     else:
         _show(results, settings)
     for reason in mismatches:
@@ -131,6 +131,7 @@ def _show(results: Sequence[Result], settings: Settings) -> None:
         ]
         for result in results
     ]  # fmt: skip
-    columns = ["case", "", "torch ms", "quartiles", "fastseq ms", "quartiles", "time / torch", "quartiles", "noise"]
+    times = ["torch ms", "quartiles", "fastseq ms", "quartiles"]
+    columns = ["case", "", *times, "time / torch", "quartiles", "noise"]
     show_table(f"fastseq against torch.nn; {settings}", columns, rows, words=2)
     show_text("Noise: quartiles of torch's second run over its first; a ratio inside them is no difference.")

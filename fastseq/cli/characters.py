@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from fastseq.cli.show import Mistake
 
 __all__ = ["LAYERS", "Characters", "Corpus", "Sizes", "Training", "sample"]
 
-LAYERS: dict[str, type[nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+LAYERS: dict[str, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 SEED = 0
 PROMPT = "The "
 SAMPLE_LENGTH = 320
@@ -34,13 +35,13 @@ class Sizes:
 
 
 class Corpus:
-    """The prose of Python's help pages as characters: `batches` are consecutive pieces of `batch` long streams."""
+    """The prose of Python's help pages as characters, and as batches of consecutive pieces."""
 
     def __init__(self) -> None:
         try:
             from pydoc_data.topics import topics
         except ImportError as error:
-            raise Mistake("this Python comes without pydoc_data.topics, the text of the built-in model") from error
+            raise Mistake("this Python lacks pydoc_data.topics, the built-in model's text") from error
         text = "\n\n".join(topics[name] for name in sorted(topics))
         text = re.sub(r"^\s*[|+].*\n", "", text, flags=re.MULTILINE)  # drawn tables are no prose
         self.text = re.sub(r" +", " ", text)
@@ -97,12 +98,12 @@ class Training:
         self.losses.append(loss.detach())  # stays on the device: reading it here would wait for it
 
     def curve(self) -> list[float]:
-        return torch.stack(self.losses).double().tolist()  # type: ignore[no-any-return]
+        return [loss.item() for loss in self.losses]
 
 
 @torch.no_grad()
 def sample(model: Characters, corpus: Corpus, implementation: str) -> str:
-    """Return text the model writes after a prompt, one character per call, its state carried from call to call."""
+    """Return what the model writes after a prompt, a character per call, its state carried along."""
     generator = torch.Generator().manual_seed(SEED)
     device = model.head.weight.device
     text, state = PROMPT, None

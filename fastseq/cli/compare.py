@@ -18,7 +18,7 @@ from torch import nn
 import fastseq
 from fastseq.cli import plot
 from fastseq.cli.equality import Call, compare_models, describe, weighted_sum
-from fastseq.cli.show import Mistake, folder, progress, show_race, show_table, show_text, write_record
+from fastseq.cli.show import Mistake, folder, say, show_race, show_table, show_text, write_record
 from fastseq.stopwatch import Race, provenance, race
 from fastseq.swap import Report
 
@@ -169,12 +169,11 @@ def forward(model: nn.Module, call: Call, implementation: str = "auto") -> Calla
 def _races(peer: nn.Module, ours: nn.Module, call: Call, settings: Settings) -> dict[str, Race]:
     races: dict[str, Race] = {}
     for title, step in (("forward", forward), ("forward and backward", training_step)):
-        with progress(title, ROUNDS) as advance:
-            races[title] = race(
-                {"torch": step(peer, call), "fastseq": step(ours, call, settings.implementation)},
-                rounds=ROUNDS, budget_s=BUDGET_S, threads=settings.threads,
-                after_round=lambda k, advance=advance: advance(k + 1, ""),
-            )  # fmt: skip
+        say(f"timing {title}, at most {BUDGET_S:g} s")
+        races[title] = race(
+            {"torch": step(peer, call), "fastseq": step(ours, call, settings.implementation)},
+            rounds=ROUNDS, budget_s=BUDGET_S, threads=settings.threads,
+        )  # fmt: skip
         show_race(title[0].upper() + title[1:], races[title])
     return races
 
@@ -196,7 +195,8 @@ def _memory(peer: nn.Module, ours: nn.Module, call: Call, settings: Settings) ->
         step()
         torch.cuda.synchronize(device)
         peaks[name] = torch.cuda.max_memory_allocated(device) - before
-    rows = [[name, f"{peak / 2**20:.1f}", f"{peak / max(peaks['torch'], 1):.3f}"] for name, peak in peaks.items()]
+    base = max(peaks["torch"], 1)
+    rows = [[name, f"{peak / 2**20:.1f}", f"{peak / base:.3f}"] for name, peak in peaks.items()]
     show_table("Peak memory of forward and backward", ["", "MiB", "memory / torch"], rows)
     return {"peak_bytes": peaks, "of": "one forward and backward, beyond what was allocated before"}
 
@@ -206,7 +206,8 @@ def _theirs(what: str, path: Path, function: Callable[[], Any]) -> Any:
     try:
         return function()
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        trace = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in trace if frame.filename == str(path)]
         where = f" (line {lines[-1]})" if lines else ""
         raise Mistake(f"{what} raised {type(error).__name__}: {error}{where}") from error
 

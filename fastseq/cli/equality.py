@@ -1,4 +1,4 @@
-"""Whether two models compute the same: outputs and all gradients, within a budget that is computed, not guessed."""
+"""Whether two models compute the same: outputs and all gradients, within a computed budget."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastseq.cli.show import Mistake, show_table, show_text
 __all__ = ["Call", "Check", "Equality", "compare_models", "describe", "nudge_", "weighted_sum"]
 
 SLACK = 2.0  # error against float64, as a multiple of torch's own
-NUDGE_SLACK = 8.0  # one run with nudged weights samples the effect of rounding once; this is its safety margin
+NUDGE_SLACK = 8.0  # one nudged run samples the effect of rounding once; this is its safety margin
 SELF_SLACK = 100.0  # roundings by which torch may differ from itself (atomic adds in some CUDA kernels)
 SEED = 0
 ROWS_SHOWN = 12
@@ -44,7 +44,8 @@ class Call:
     def to(self, device: torch.device) -> Call:
         """Return a call on a device; a PackedSequence moves as one: its batch sizes stay on the CPU."""
         args, kwargs = pytree.tree_map(
-            lambda leaf: leaf.to(device) if isinstance(leaf, (Tensor, PackedSequence)) else leaf,
+            # A PackedSequence types its `to` for dtypes only, but takes what a tensor takes.
+            lambda leaf: leaf.to(device) if isinstance(leaf, (Tensor, PackedSequence)) else leaf,  # type: ignore[arg-type]
             (self.args, self.kwargs),
             is_leaf=lambda leaf: isinstance(leaf, PackedSequence),
         )
@@ -61,7 +62,7 @@ class Check:
 
     name: str
     difference: float  # max |fastseq - torch|
-    error: float  # what is held against the budget: max |fastseq - float64|, or the difference where there is none
+    error: float  # what the budget is for: max |fastseq - float64|, or the difference if there is no float64
     budget: float
 
     @property
@@ -93,7 +94,8 @@ class Equality:
     def record(self) -> dict[str, object]:
         """Return everything as plain data for a JSON file."""
         checks = [asdict(check) | {"passed": check.passed} for check in self.checks]
-        return {"rule": self.rule, "passed": self.passed, "checks": checks, "complaints": list(self.complaints)}
+        verdict = {"passed": self.passed, "complaints": list(self.complaints)}
+        return {"rule": self.rule, **verdict, "checks": checks}
 
 
 def compare_models(peer: nn.Module, ours: nn.Module, call: Call, implementation: str) -> Equality:
@@ -210,9 +212,9 @@ def describe(equality: Equality) -> None:
 
 
 def _exact_values(peer: nn.Module, call: Call) -> tuple[Values | None, str]:
-    """Return torch's values in float64 and the rule they give; None and the other rule where they do not exist."""
-    tensors = [*peer.parameters(), *(t for t in pytree.tree_leaves((call.args, call.kwargs)) if torch.is_tensor(t))]
-    if any(tensor.dtype == torch.float64 for tensor in tensors):
+    """Return torch's values in float64 and the rule they give, or None and the other rule."""
+    leaves = [*peer.parameters(), *pytree.tree_leaves((call.args, call.kwargs))]
+    if any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in leaves):
         why = "the model is in float64 already"
     else:
         try:
@@ -238,7 +240,8 @@ def _structure(values: Values, got: Values, *, dtypes: bool = True) -> list[str]
         value, own = values[name], got[name]
         if value is None or own is None:
             if value is not own:
-                complaints.append(f"{name}: {'torch.nn' if value is None else 'the swapped model'} gives none")
+                without = "torch.nn" if value is None else "the swapped model"
+                complaints.append(f"{name}: {without} gives none")
         elif own.shape != value.shape:
             complaints.append(f"{name}: shape {list(own.shape)}, torch.nn gives {list(value.shape)}")
         elif dtypes and own.dtype != value.dtype:

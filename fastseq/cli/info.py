@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -42,11 +42,11 @@ def info(*, as_json: bool) -> None:
         kind = torch.accelerator.current_accelerator()
         assert kind is not None  # is_available() has just said so
         devices += [torch.device(kind.type, index) for index in range(torch.accelerator.device_count())]
-    choices = [explained(name, operation, device) for device in devices for name, operation in OPERATIONS.items()]
+    choices = [explained(name, device) for device in devices for name in OPERATIONS]
     facts = provenance(devices[-1])
     if as_json:
         names = {str(device): device_name(device) for device in devices}
-        print_json({**facts, "devices": names, "operations": choices})
+        print_json({**facts, "devices": names, "operations": [asdict(choice) for choice in choices]})
         return
 
     facts["triton"] = facts["triton"] or "absent"
@@ -54,24 +54,32 @@ def info(*, as_json: bool) -> None:
     versions += [[f"device {device}", device_name(device)] for device in devices]
     show_table("fastseq", ["", ""], versions, words=2)
     rows = [
-        [choice["device"], choice["operation"], choice["implementation"], choice["reason"], _others(choice["not"])]
+        [
+            choice.device, choice.operation, choice.implementation, choice.reason,
+            "; ".join(f"{name}: {why}" for name, why in choice.passed_over.items()),
+        ]
         for choice in choices
-    ]
+    ]  # fmt: skip
     show_table(
         f"What would run (fp32, T = {T}, B = {B}, I = {I}, H = {H})",
         ["device", "operation", "runs", "because", "not"], rows, words=5,
     )  # fmt: skip
 
 
-def explained(name: str, operation: Operation, device: torch.device) -> dict[str, object]:
-    """Return which implementation an operation would run on a device, and why."""
+@dataclass(frozen=True)
+class Explained:
+    """Which implementation an operation would run on a device, why, and why not the others."""
+
+    operation: str
+    device: str
+    implementation: str
+    reason: str
+    passed_over: dict[str, str]
+
+
+def explained(name: str, device: torch.device) -> Explained:
+    """Ask for one operation on one device."""
+    operation = OPERATIONS[name]
     module = operation.kind(I, H, device=device, **dict(operation.options))
     choice = fastseq.explain(module, torch.zeros(operation.shape, device=device))
-    return {
-        "operation": name, "device": str(device), "implementation": choice.name, "reason": choice.reason,
-        "not": dict(choice.others),
-    }  # fmt: skip
-
-
-def _others(others: dict[str, str]) -> str:
-    return "; ".join(f"{name}: {reason}" for name, reason in others.items())
+    return Explained(name, str(device), choice.name, choice.reason, dict(choice.others))

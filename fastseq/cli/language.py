@@ -43,8 +43,8 @@ class Verdict:
 def verdict(ours: Sequence[float], peer: Sequence[float], nudged: Sequence[float]) -> Verdict:
     """Hold two loss curves against what rounding alone may do.
 
-    Training magnifies rounding, so no fixed number can be the tolerance. `nudged` is the peer's run repeated with
-    every weight moved by one rounding before each step; how far it has strayed so far, times eight, is allowed.
+    Training magnifies rounding, so no fixed number can be the tolerance. `nudged` is the peer's run repeated
+    with every weight moved by one rounding before each step; eight times as far as it has strayed is allowed.
     """
     strayed = accumulate((abs(a - b) for a, b in zip(nudged, peer, strict=True)), max)
     rounding = torch.finfo(torch.float32).eps
@@ -60,8 +60,8 @@ def verdict(ours: Sequence[float], peer: Sequence[float], nudged: Sequence[float
             f" by {gaps[k]:.2e}, tolerance {tolerance[k]:.2e}"
         )
     rule = (
-        f"at each step at most {SLACK:g} x (how far torch.nn's own loss has strayed so far when every weight is moved"
-        " by one rounding before each step, plus one rounding of the loss)"
+        f"at each step at most {SLACK:g} x (how far torch.nn's own loss has strayed so far when every weight"
+        " is moved by one rounding before each step, plus one rounding of the loss)"
     )
     return Verdict(rule, max(gaps), tolerance, tuple(reasons))
 
@@ -73,8 +73,8 @@ def language(cell: str, steps: int, settings: Settings, output: Path, sizes: Siz
     torch.manual_seed(SEED)
     peer, ours, report = swapped_pair(Characters(cell, len(corpus.vocabulary), sizes).to(settings.device))
     show_text(
-        f"{cell.upper()} {sizes.embedding} → {sizes.hidden}, T = {sizes.time}, B = {sizes.batch}, {steps} steps on"
-        f" {len(corpus.text):,} characters; {settings}"
+        f"{cell.upper()} {sizes.embedding} → {sizes.hidden}, T = {sizes.time}, B = {sizes.batch},"
+        f" {steps} steps on {len(corpus.text):,} characters; {settings}"
     )
     show_text(str(report))
     show_text()
@@ -101,7 +101,8 @@ def language(cell: str, steps: int, settings: Settings, output: Path, sizes: Siz
             _show(losses, judged, times, written)
             title = f"{cell.upper()} character model, {settings}"
             plot.save_plot(plot.loss_figure(losses, judged.tolerance, times, title), out / "loss.png")
-            record |= {"losses": losses, "loss_check": judged.record(), "times": times.record(), "sample": written}
+            record |= {"losses": losses, "loss_check": judged.record()}
+            record |= {"times": times.record(), "sample": written}
     record["verdict"] = {"equal": not reasons, "reasons": reasons}
     write_record(out / "record.json", record)
     if not reasons:
@@ -112,7 +113,7 @@ def language(cell: str, steps: int, settings: Settings, output: Path, sizes: Siz
 def train(
     peer: Characters, ours: Characters, batches: Tensor, steps: int, sizes: Sizes, settings: Settings
 ) -> tuple[dict[str, list[float]], Race]:
-    """Train both models, and torch's once more under nudges, in turns step by step; return losses and times."""
+    """Train both models, and torch's once more under nudges, in turns; return losses and times."""
     runs = {
         "torch": Training(peer, batches, sizes, "auto"),
         "fastseq": Training(ours, batches, sizes, settings.implementation),
@@ -134,8 +135,9 @@ def train(
 def _show(losses: dict[str, list[float]], judged: Verdict, times: Race, written: str) -> None:
     show_race("Time per training step", times)
     first, last = losses["fastseq"][0], losses["fastseq"][-1]
-    difference = f"differ by at most {judged.max_difference:.2e}" if judged.max_difference else "are identical"
-    show_text(f"Loss {first:.3f} → {last:.3f}; the two curves {difference}.")
+    gap = judged.max_difference
+    agreement = f"differ by up to {gap:.2e}" if gap else "are identical"
+    show_text(f"Loss {first:.3f} → {last:.3f}; the two curves {agreement}.")
     show_text(f"Tolerance: {judged.rule}; at the end {judged.tolerance[-1]:.2e}.")
     for reason in judged.reasons:
         show_text(f"mismatch: {reason}", style="bold red")

@@ -35,7 +35,7 @@ def save_plot(draw: Callable[[], Figure], path: Path) -> bool:
 def loss_figure(
     losses: Mapping[str, Sequence[float]], tolerance: Sequence[float], race: Race, title: str
 ) -> Callable[[], Figure]:
-    """Return a function that draws loss curves, their difference against the tolerance, and times per step."""
+    """Return a function that draws loss curves, their difference under the tolerance, and times per step."""
 
     def draw() -> Figure:
         figure, (curves, gaps, times) = _canvas(title, (5, 5, 3))

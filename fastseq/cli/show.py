@@ -1,4 +1,4 @@
-"""What the commands print: rich on a terminal, plain text elsewhere; results to stdout, progress to stderr."""
+"""What the commands print: rich on a terminal, plain elsewhere; results to stdout, progress to stderr."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from rich.table import Table
 from fastseq.stopwatch import Race, Spread
 
 __all__ = [
-    "Mistake", "folder", "interval", "milliseconds", "print_json", "progress", "say", "show_race", "show_table", "show_text",
-    "write_record",
+    "Mistake", "folder", "interval", "milliseconds", "print_json", "progress", "say", "show_race",
+    "show_table", "show_text", "write_record",
 ]  # fmt: skip
 
 PLAIN_WIDTH = 160  # rich would break lines at 80 columns when it writes to a file or a pipe

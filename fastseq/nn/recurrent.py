@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import dynamo, functional
@@ -20,17 +21,25 @@ def _stock(weight: Tensor) -> bool:
     return not torch.compiler.is_compiling() and not weight.is_cuda and chosen() in _STOCK
 
 
-class _Scriptable(torch.nn.Module):
-    """TorchScript cannot compile our keywords and needs none of them: it gets the torch.nn module."""
+class _Traced(torch.nn.Module):
+    """What the older tracers need to treat a class of ours as they treat torch.nn's."""
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
-        base = next(c for c in type(self).__mro__ if c.__module__ == "torch.nn.modules.rnn")
+        """TorchScript cannot compile our keywords and needs none of them: it gets the torch.nn module."""
+        if type(self).__module__ != __name__:
+            return self  # somebody's subclass, with a forward of its own
+        base: Any = next(c for c in type(self).__mro__ if c.__module__ == "torch.nn.modules.rnn")
         plain: torch.nn.Module = base.__new__(base)
         plain.__dict__.update(self.__dict__)
         return plain
 
+    def _leaf(self, proxy: Proxy, *args: Any, **keywords: Any) -> Any:
+        """torch.fx does not look inside torch.nn's modules, nor should it inside ours."""
+        tracer: Any = proxy.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (proxy, *args), keywords)
 
-class _Sequence(_Scriptable, torch.nn.RNNBase):
+
+class _Sequence(_Traced, torch.nn.RNNBase):
     """What RNN, LSTM and GRU share: the call."""
 
     _states = 1
@@ -39,7 +48,7 @@ class _Sequence(_Scriptable, torch.nn.RNNBase):
         super().__init_subclass__()
         dynamo.trace(cls)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: Any,
         hx: Any = None,
@@ -49,12 +58,19 @@ class _Sequence(_Scriptable, torch.nn.RNNBase):
         return_cells: bool = False,
         recompute: bool = False,
     ) -> Any:
+        keywords: dict[str, Any] = {
+            "reset": reset,
+            "lengths": lengths,
+            "return_cells": return_cells,
+            "recompute": recompute,
+        }
+        if isinstance(input, Proxy):
+            return self._leaf(input, hx, **keywords)
         plain = reset is None and lengths is None and not return_cells and not recompute
         if plain and _stock(self._flat_weights[0]):  # type: ignore[arg-type]
             return super().forward(input, hx)
         packed = isinstance(input, PackedSequence)
-        call = self._packed if packed else self._padded
-        y, *rest = call(input, hx, reset=reset, lengths=lengths, return_cells=return_cells, recompute=recompute)
+        y, *rest = self._packed(input, hx, **keywords) if packed else self._padded(input, hx, **keywords)
         state = rest[0] if self._states == 1 else (rest[0], rest[1])
         return (y, state, rest[-1]) if return_cells else (y, state)
 
@@ -87,9 +103,7 @@ class _Sequence(_Scriptable, torch.nn.RNNBase):
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         functional.check_reset(reset, tuple(input.shape[:2]), "[B, T]" if batch == 0 else "[T, B]", input.device)
         functional.check_lengths(lengths, (B,), "[B]", T)
-        outputs = list(
-            self._call(input, states, batch_first=batch == 0, reset=reset, lengths=lengths, **keywords)
-        )
+        outputs = list(self._call(input, states, batch_first=batch == 0, reset=reset, lengths=lengths, **keywords))
         if not batched:
             states_at = range(1, 1 + self._states)
             outputs = [o.squeeze(1 if i in states_at else batch) for i, o in enumerate(outputs)]
@@ -215,7 +229,7 @@ class GRU(_Sequence, torch.nn.GRU):
     """
 
 
-class _Cell(_Scriptable, torch.nn.RNNCellBase):
+class _Cell(_Traced, torch.nn.RNNCellBase):
     """What RNNCell, LSTMCell and GRUCell share: the call."""
 
     def _kind(self) -> str:
@@ -245,10 +259,8 @@ class _Cell(_Scriptable, torch.nn.RNNCellBase):
             states = (input.new_zeros(input.shape[0], self.hidden_size),) * (2 if kind == "lstm" else 1)
         for state in states:
             if state.shape != (input.shape[0], self.hidden_size):
-                raise RuntimeError(
-                    f"hx: expected {[input.shape[0], self.hidden_size]}, got {list(state.shape)}"
-                )
-        new = functional.single(kind, input, states, *weights, reset)
+                raise RuntimeError(f"hx: expected {[input.shape[0], self.hidden_size]}, got {list(state.shape)}")
+        new = functional.single(kind, input, states, weights, reset)
         return new if batched else tuple(state[0] for state in new)
 
     def _explain(self, input: Tensor, hx: Any = None, *, reset: Tensor | None = None) -> Choice:
@@ -273,6 +285,8 @@ class RNNCell(_Cell, torch.nn.RNNCell):
         return f"rnn_{self.nonlinearity}"
 
     def forward(self, input: Tensor, hx: Tensor | None = None, *, reset: Tensor | None = None) -> Tensor:
+        if isinstance(input, Proxy):
+            return self._leaf(input, hx, reset=reset)
         if reset is None and (_stock(self._weights()[0]) or self.nonlinearity not in ("tanh", "relu")):
             if hx is not None and input.dim() == 2 and hx.dim() == 2 and self.nonlinearity == "tanh":
                 return torch.rnn_tanh_cell(input, hx, *self._weights())
@@ -294,6 +308,8 @@ class GRUCell(_Cell, torch.nn.GRUCell):
         return "gru"
 
     def forward(self, input: Tensor, hx: Tensor | None = None, *, reset: Tensor | None = None) -> Tensor:
+        if isinstance(input, Proxy):
+            return self._leaf(input, hx, reset=reset)
         weights = self._weights()
         if reset is None and _stock(weights[0]):
             if hx is not None and input.dim() == 2 and hx.dim() == 2:
@@ -318,6 +334,8 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, reset: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        if isinstance(input, Proxy):
+            return self._leaf(input, hx, reset=reset)
         weights = self._weights()
         if reset is None and _stock(weights[0]):
             if hx is not None and input.dim() == 2 and hx[0].dim() == 2 and hx[1].dim() == 2:

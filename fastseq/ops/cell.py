@@ -1,7 +1,7 @@
 """One step of a recurrent cell as the operator ``fastseq::cell``: one kernel launch forward, one backward.
 
-PyTorch's own cells are plain compositions that compile and differentiate as they are, so this operator has the
-kernels as its only implementation.
+PyTorch's own cells are plain compositions that compile and differentiate as they are; this operator is for the
+kernels, and for a choice that is made when a compiled graph runs.
 """
 
 from types import ModuleType
@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..implementation import Choice, choose, gpu, triton_refusal
-from ..reference.recurrent import CELLS, single
-from .library import below_autograd, operator, second_order
+from ..implementation import Choice, Unsupported, choose, chosen, gpu, triton_refusal
+from ..reference.recurrent import single
+from . import loop
+from .library import operator
 from .recurrent import SAVED
-
-_INPUTS = "Tensor input, Tensor h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh"
-_N = 7
 
 
 def choice(cell: str, input: Tensor, w_hh: Tensor) -> Choice:
@@ -43,24 +41,52 @@ def _kernels() -> ModuleType:
     return cell  # type: ignore[no-any-return]
 
 
-def _tf32() -> bool:
-    return torch.backends.cuda.matmul.allow_tf32
+def _by_kernels(implementation: str, cell: str, input: Tensor, w_hh: Tensor) -> bool:
+    if not implementation:
+        if chosen() == "reference":
+            raise Unsupported("reference: not inside a compiled graph")
+        implementation = choice(cell, input, w_hh).name
+    return implementation == "triton"
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _forward(cell: str, *args: Any) -> tuple[Tensor, ...]:
-    *tensors, save = args
-    h, c, gates = _kernels().cell_forward(cell, *_contiguous(*tensors), save=save, allow_tf32=_tf32())
-    empty = h.new_empty(0)
-    return h, empty if c is None else c, empty.clone() if gates is None else gates
+def _forward(
+    cell: str,
+    input: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    keep: str,
+    implementation: str,
+) -> tuple[Tensor, ...]:
+    (B, H), save, empty = h.shape, keep == "gates", h.new_empty(0)
+    if _by_kernels(implementation, cell, input, w_hh):
+        new, c_new, gates = _kernels().cell_forward(
+            cell,
+            *_contiguous(input, h, c, w_ih, w_hh, b_ih, b_hh),
+            save=save,
+            allow_tf32=torch.backends.cuda.matmul.allow_tf32,
+        )
+    else:  # a sequence of one step
+        x = torch.nn.functional.linear(input, w_ih, b_ih).view(1, B, 1, -1)
+        one: Any = [None if t is None else t[None].contiguous() for t in (w_hh, b_hh, None, h, c)] + [None, None]
+        _, new, c_new, _, gates = loop.sequence_forward(cell, x, *one, save=save, allow_tf32=False)
+    return (
+        new.view(B, H),
+        empty if c_new is None else c_new.view(B, H),
+        empty.clone() if gates is None else gates.view(B, -1, H),
+    )
 
 
-def _forward_fake(cell: str, input: Tensor, h: Tensor, c: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+def _shapes(cell: str, input: Tensor, h: Tensor, c: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     B, H = h.shape
-    gates = (B, SAVED[cell], H) if rest[-1] else (0,)
+    gates = (B, SAVED[cell], H) if rest[-2] == "gates" else (0,)
     return input.new_empty(B, H), input.new_empty((0,) if c is None else (B, H)), input.new_empty(gates)
 
 
@@ -75,88 +101,60 @@ def _backward(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
+    h_new: Tensor,
     c_new: Tensor,
     gates: Tensor,
+    implementation: str,
 ) -> tuple[Tensor, ...]:
+    (B, H), after = h.shape, None if c is None else c_new
     dh = torch.zeros_like(h) if dh is None else dh
     dc = torch.zeros_like(c) if dc is None and c is not None else dc
-    dx_gates, dh_gates, dinput, dh_read, dc_read = _kernels().cell_backward(
-        cell,
-        *_contiguous(dh, dc, gates, h, c, c_new if c is not None else None, w_ih, w_hh),
-        allow_tf32=_tf32(),
-    )
+    dc = None if c is None else dc
+    if _by_kernels(implementation, cell, input, w_hh):
+        dx, dr, dinput, dh, dc = _kernels().cell_backward(
+            cell,
+            *_contiguous(dh, dc, gates, h, c, after, w_ih, w_hh),
+            allow_tf32=torch.backends.cuda.matmul.allow_tf32,
+        )
+    else:
+        wide = torch.promote_types(input.dtype, torch.float32)
+        dx, dr, _, dh, dc = loop.sequence_backward(
+            cell,
+            dh.reshape(1, B, 1, H),
+            torch.zeros_like(h)[None],
+            None if dc is None else dc.contiguous()[None],
+            None,
+            gates.view(1, B, 1, -1, H),
+            None if after is None else after.to(wide).view(1, B, 1, H),
+            h.reshape(1, B, 1, H),
+            None if c is None else c.to(wide).reshape(1, B, 1, H),
+            w_hh.contiguous()[None],
+            None,
+            None,
+            None,
+            allow_tf32=False,
+        )
+        dx, dr = dx.view(B, -1), dr.view(B, -1)
+        dinput, dh, dc = dx @ w_ih, dh.view(B, H), None if dc is None else dc.view(B, H)
     none = input.new_empty(0)
-    has_bias = b_ih is not None
     return (
         dinput,
-        dh_read,
-        none if dc_read is None else dc_read,
-        dx_gates.t() @ input,
-        dh_gates.t() @ h,
-        dx_gates.sum(0) if has_bias else none.clone(),
-        dh_gates.sum(0) if has_bias else none.clone(),
+        dh,
+        none if dc is None else dc,
+        dx.t() @ input,
+        dr.t() @ h,
+        none.clone() if b_ih is None else dx.sum(0),
+        none.clone() if b_hh is None else dr.sum(0),
     )
-
-
-def _backward_fake(cell: str, dh: Any, dc: Any, *rest: Any) -> tuple[Tensor, ...]:
-    none = rest[0].new_empty(0)
-    return tuple(none.new_empty(0) if t is None else t.new_empty(t.shape) for t in rest[:_N])
-
-
-class Cell(torch.autograd.Function):
-    """The gradient of ``fastseq::cell``."""
-
-    @staticmethod
-    def forward(ctx: Any, cell: str, *args: Any) -> tuple[Tensor, ...]:
-        *tensors, _ = args
-        ctx.cell = cell
-        ctx.set_materialize_grads(False)
-        h, c, gates = below_autograd(step, cell, *tensors, True)
-        ctx.save_for_backward(*tensors, c, gates)
-        ctx.mark_non_differentiable(gates, *(() if CELLS[cell].states == 2 else (c,)))
-        return h, c, gates
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        found = step_backward(ctx.cell, *grads[:2], *ctx.saved_tensors)
-        kept = [
-            g if t is not None and need else None
-            for g, t, need in zip(found, ctx.saved_tensors[:_N], ctx.needs_input_grad[1 : _N + 1], strict=True)
-        ]
-        return None, *kept, None
-
-
-class CellBackward(torch.autograd.Function):
-    """The gradient of ``fastseq::cell_backward``, by the reference formula."""
-
-    @staticmethod
-    def forward(ctx: Any, cell: str, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        ctx.cell = cell
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        return below_autograd(step_backward, cell, *tensors)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, *tangents: Tensor | None) -> Any:
-        grads, inputs, rest = ctx.saved_tensors[:2], ctx.saved_tensors[2 : 2 + _N], ctx.saved_tensors[2 + _N :]
-
-        def formula(*variables: Tensor) -> Any:
-            return single(ctx.cell, *variables)
-
-        to_inputs, to_grads = second_order(formula, inputs, grads, tangents)
-        return None, *to_grads, *to_inputs, *(None for _ in rest)
 
 
 step = operator(
-    f"cell(str cell, {_INPUTS}, bool save) -> (Tensor, Tensor, Tensor)",
-    kernel=_forward,
-    fake=_forward_fake,
-    gradient=Cell,
-)
-step_backward = operator(
-    f"cell_backward(str cell, Tensor? dh, Tensor? dc, {_INPUTS}, Tensor c_new, Tensor gates) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    kernel=_backward,
-    fake=_backward_fake,
-    gradient=CellBackward,
+    "cell",
+    inputs="Tensor input, Tensor h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh",
+    differentiable=7,
+    outputs=3,  # h, c, gates
+    forward=_forward,
+    shapes=_shapes,
+    backward=_backward,
+    formula=single,
 )

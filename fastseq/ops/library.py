@@ -12,22 +12,107 @@ LIBRARY = torch.library.Library("fastseq", "FRAGMENT")
 Function = Callable[..., Any]
 
 
-def operator(schema: str, *, kernel: Function, fake: Function, gradient: type[torch.autograd.Function]) -> Any:
-    """Define ``fastseq::<schema>``: what computes it, what its results look like, and its gradient.
+def operator(
+    name: str,
+    *,
+    inputs: str,
+    differentiable: int,
+    outputs: int,
+    forward: Function,
+    shapes: Function,
+    backward: Function,
+    formula: Function,
+) -> Any:
+    """Define the operator ``fastseq::<name>`` and its gradient ``fastseq::<name>_backward``; return the operator.
 
-    The gradient is registered for the Autograd dispatch key, so that tracing sees the operator as one node, and
-    it is skipped when nothing needs one. The operator is returned.
+    Both are opaque to tracing, and their gradients are registered for the Autograd dispatch key, so that a graph
+    shows each as one node and a call that needs no gradient does not pay for one.
+
+    The operator takes ``(cell, *inputs, keep, implementation)``: what to keep for the gradient ("gates", "cells" to
+    recompute the gates, or "nothing"), and who computes ("" to choose when it runs). ``inputs`` is their schema, the
+    first ``differentiable`` of them have gradients. It returns ``outputs`` tensors, empty where there is nothing to
+    return, the last of which (the gates) has no gradient. ``forward`` computes them, ``shapes`` says what they look
+    like. ``backward(cell, *gradients, *inputs, *outputs, implementation)`` computes the gradients of the inputs, empty
+    where there is none; the gradient of that is ``formula(cell, *inputs)``'s, differentiated twice.
     """
+    kinds = [declaration.split()[0] for declaration in inputs.split(", ")]
+    several = ", ".join(["Tensor"] * outputs)
+    gradients = ", ".join(f"Tensor? grad_{i}" for i in range(outputs - 1))
+    results = ", ".join(f"Tensor output_{i}" for i in range(outputs))
+    of_inputs = ", ".join(["Tensor"] * differentiable)
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, cell: str, *args: Any) -> Any:
+            *tensors, keep, implementation = args
+            ctx.settings = cell, implementation
+            ctx.set_materialize_grads(False)
+            keep = "gates" if keep == "nothing" else keep
+            with torch._C._AutoDispatchBelowAutograd():
+                found = overload(cell, *tensors, keep, implementation)
+            ctx.save_for_backward(*tensors, *found)
+            ctx.mark_non_differentiable(found[-1])
+            return found
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            cell, implementation = ctx.settings
+            found = overload_backward(cell, *grads[: outputs - 1], *ctx.saved_tensors, implementation)
+            wanted = zip(found, ctx.saved_tensors, ctx.needs_input_grad[1:], strict=False)
+            kept = [g if t is not None and need else None for g, t, need in wanted]
+            return None, *kept, *(None for _ in kinds[differentiable:]), None, None
+
+    class SecondGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, cell: str, *args: Any) -> Any:
+            *tensors, implementation = args
+            ctx.cell = cell
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*tensors)
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload_backward(cell, *tensors, implementation)
+
+        @staticmethod
+        def backward(ctx: Any, *tangents: Tensor | None) -> Any:
+            grads = ctx.saved_tensors[: outputs - 1]
+            given = ctx.saved_tensors[outputs - 1 :][: len(kinds)]
+            variables, constants = given[:differentiable], given[differentiable:]
+            to_inputs, to_grads = second_order(lambda *x: formula(ctx.cell, *x, *constants), variables, grads, tangents)
+            rest = (None for _ in range(len(constants) + outputs + 1))
+            return None, *to_grads, *to_inputs, *rest
+
+    overload = _define(
+        f"{name}(str cell, {inputs}, str keep, str implementation) -> ({several})", forward, shapes, Gradient
+    )
+    overload_backward = _define(
+        f"{name}_backward(str cell, {gradients}, {inputs}, {results}, str implementation) -> ({of_inputs})",
+        backward,
+        lambda cell, *args: _like(args[outputs - 1 :][:differentiable]),
+        SecondGradient,
+    )
+    return overload
+
+
+def _like(inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    first = next(t for t in inputs if t is not None)
+    return tuple(first.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
+
+
+def _define(schema: str, kernel: Function, shapes: Function, gradient: type[torch.autograd.Function]) -> Any:
     name = schema.split("(")[0]
     LIBRARY.define(schema)
     overload = getattr(torch.ops.fastseq, name).default
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastseq::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"fastseq::{name}", shapes, lib=LIBRARY)
 
     def autograd(*args: Any) -> Any:
         if needs_gradient(args):
+            if torch._C._are_functorch_transforms_active():
+                raise NotImplementedError(
+                    f"fastseq::{name} has no gradient under torch.func; use fastseq.use('reference')"
+                )
             return gradient.apply(*args)
-        refuse_forward_mode(name, args)
+        _refuse_forward_mode(name, args)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
@@ -35,17 +120,11 @@ def operator(schema: str, *, kernel: Function, fake: Function, gradient: type[to
     return overload
 
 
-def below_autograd(overload: Any, *args: Any) -> Any:
-    """Call the operator itself, from inside the forward of its own gradient."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return overload(*args)
-
-
 def needs_gradient(values: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
 
 
-def refuse_forward_mode(name: str, values: Sequence[Any]) -> None:
+def _refuse_forward_mode(name: str, values: Sequence[Any]) -> None:
     """An opaque operator would return a tangent of zero without a word; refuse instead."""
     if forward_ad._current_level >= 0:
         for value in values:
@@ -73,11 +152,13 @@ def second_order(
         x = [None if t is None else t.view_as(t) for t in inputs]
         v = [None if t is None else t.view_as(t) for t in cotangents]
         outputs = formula(*x)
-        reached = [(o, g) for o, g in zip(outputs, v, strict=True) if o is not None and g is not None]
+        reached: list[tuple[Tensor, Tensor]] = [
+            (o, g) for o, g in zip(outputs, v, strict=True) if o is not None and g is not None
+        ]
         wanted = [i for i, t in enumerate(x) if t is not None and t.requires_grad]
         first = torch.autograd.grad(
             [o for o, _ in reached],
-            [x[i] for i in wanted],
+            [t for t in x if t is not None and t.requires_grad],
             [g.to(o.dtype) for o, g in reached],
             create_graph=True,
             allow_unused=True,
@@ -85,6 +166,7 @@ def second_order(
         pairs = [(g, tangents[i]) for g, i in zip(first, wanted, strict=True)]
         pairs = [(g, t) for g, t in pairs if g is not None and t is not None and g.requires_grad]
         variables = [t for t in (*x, *v) if t is not None and t.requires_grad]
+        found: Sequence[Tensor | None] = [None] * len(variables)
         if pairs:
             found = torch.autograd.grad(
                 [g for g, _ in pairs],
@@ -93,7 +175,5 @@ def second_order(
                 create_graph=graph,
                 allow_unused=True,
             )
-        else:
-            found = (None,) * len(variables)
     flows = {id(t): g for t, g in zip(variables, found, strict=True)}
     return [flows.get(id(t)) for t in x], [flows.get(id(t)) for t in v]

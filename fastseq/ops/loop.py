@@ -57,9 +57,7 @@ class Step:
         """The saved values ``[N, S, H]`` of independent steps, from input and recurrent gates ``[N, G, H]``."""
         raise NotImplementedError
 
-    def derive(
-        self, factors: Tensor, through: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views
-    ) -> None:
+    def derive(self, factors: Tensor, through: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views) -> None:
         """Fill the factors of a chunk from gates ``[C, B, S, H]``, the h read, and (c read, c written)."""
         raise NotImplementedError
 
@@ -93,9 +91,7 @@ class TanhRNN(RNN):
     def activate(self, x: Tensor, h: Tensor) -> Tensor:
         return (x + h).tanh_()
 
-    def derive(
-        self, factors: Tensor, through: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views
-    ) -> None:
+    def derive(self, factors: Tensor, through: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views) -> None:
         torch.mul(gates, gates, out=factors)
         factors.neg_().add_(1)
 
@@ -107,9 +103,7 @@ class ReluRNN(RNN):
     def activate(self, x: Tensor, h: Tensor) -> Tensor:
         return (x + h).relu_()
 
-    def derive(
-        self, factors: Tensor, through: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views
-    ) -> None:
+    def derive(self, factors: Tensor, through: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views) -> None:
         torch.gt(gates, 0, out=factors)
 
 
@@ -139,9 +133,7 @@ class LSTM(Step):
         gates[:, 3].sigmoid_()
         return gates
 
-    def derive(
-        self, factors: Tensor, through: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views
-    ) -> None:
+    def derive(self, factors: Tensor, through: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views) -> None:
         before, after = c
         i, f, g, o = gates.unbind(2)
         di, df, dg, do = factors.unbind(2)
@@ -203,9 +195,7 @@ class GRU(Step):
         n = torch.addcmul(x[:, 2:], r_and_z[:, :1], h[:, 2:]).tanh_()
         return torch.cat((r_and_z, n, h[:, 2:]), dim=1)
 
-    def derive(
-        self, factors: Tensor, through: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views
-    ) -> None:
+    def derive(self, factors: Tensor, through: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views) -> None:
         r, z, n, h_n = gates.unbind(2)
         dr, dz, dn = factors.unbind(2)
         torch.sub(gates.new_ones(()), gates[:, :, :2], out=factors[:, :, :2])
@@ -449,9 +439,7 @@ def sequence_backward(
                     torch.where(masks.pad_at[t], dh_at[k], carry, out=carry)
             dh_gates[steps, :, d].copy_(factors[:n].flatten(2))
             if step.splits:
-                step.input_gradient(
-                    factors[:n], through[:n], dh[:n], dx[steps, :, d].unflatten(2, (step.gates, H))
-                )
+                step.input_gradient(factors[:n], through[:n], dh[:n], dx[steps, :, d].unflatten(2, (step.gates, H)))
             if dproj is not None:
                 if masks.pad is not None:
                     dh[:n].masked_fill_(masks.pad[steps], 0)

@@ -14,16 +14,10 @@ from torch import Tensor
 from ..implementation import Choice, Unsupported, choose, chosen, gpu, triton_refusal
 from ..reference.recurrent import CELLS, layer
 from . import loop
-from .library import below_autograd, operator, second_order
+from .library import operator
 
 SAVED = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 4}  # values a step saves per hidden unit
 CUDNN_LONGEST = 65_535  # steps; cuDNN fails beyond (pytorch/pytorch#133751)
-
-_INPUTS = (
-    "Tensor input, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor h0, Tensor? c0, "
-    "Tensor? reset, Tensor? lengths"
-)
-_N = 8  # of these, the first eight are differentiable
 
 
 def choice(
@@ -71,9 +65,7 @@ def _resolve(implementation: str, cell: str, input: Tensor, w_hh: Tensor, w_hr: 
         return implementation
     if chosen() == "reference":
         raise Unsupported("reference: a compiled graph would unroll its loop over time")
-    return choice(
-        cell, input, w_hh, w_hr, opaque=True, reset=reset is not None, lengths=lengths is not None
-    ).name
+    return choice(cell, input, w_hh, w_hr, opaque=True, reset=reset is not None, lengths=lengths is not None).name
 
 
 def _tf32() -> bool:
@@ -180,7 +172,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _forward_fake(cell: str, input: Tensor, w_ih: Tensor, w_hh: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _shapes(cell: str, input: Tensor, w_ih: Tensor, w_hh: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     T, B, _ = input.shape
     (D, GH, _), P = w_ih.shape, w_hh.shape[2]
     H = GH // CELLS[cell].gates
@@ -213,12 +205,14 @@ def _backward(
     reset: Tensor | None,
     lengths: Tensor | None,
     y: Tensor,
+    h_n: Tensor,
+    c_n: Tensor,
     cells: Tensor,
     gates: Tensor,
     implementation: str,
 ) -> tuple[Tensor, ...]:
     T, B, I = input.shape  # noqa: E741  (the field's letter)
-    (D, GH, _), P, H = w_ih.shape, w_hh.shape[2], GH_to_H(cell, w_ih)
+    (D, GH, _), P, H = w_ih.shape, w_hh.shape[2], w_ih.shape[1] // CELLS[cell].gates
     engine = _engine(_resolve(implementation, cell, input, w_hh, w_hr, reset, lengths))
     h_prev = _previous(y.view(T, B, D, P), h0, reset, lengths)
     c_prev = after = None
@@ -264,10 +258,6 @@ def _backward(
     )
 
 
-def GH_to_H(cell: str, w_ih: Tensor) -> int:  # noqa: N802
-    return w_ih.shape[1] // CELLS[cell].gates
-
-
 def _gates_again(
     engine: Any,
     cell: str,
@@ -280,13 +270,13 @@ def _gates_again(
     c_prev: Tensor | None,
 ) -> Tensor:
     """The gates of every step, recomputed from the states they read: one matrix product in place of T."""
-    T, B, D, P = h_prev.shape
+    T, B, D, _ = h_prev.shape
     bias, recurrent_bias = _fold(cell, b_ih, b_hh)
     x = _input_gates(input, w_ih, bias)
     h = torch.einsum("tbdp,dgp->tbdg", h_prev, w_hh)
     if recurrent_bias is not None:
         h = h + recurrent_bias
-    GH, H = x.shape[-1], GH_to_H(cell, w_ih)
+    GH, H = x.shape[-1], x.shape[-1] // CELLS[cell].gates
     before = None if c_prev is None else c_prev.view(-1, H)
     gates = engine.step_gates(cell, x.view(-1, GH), h.reshape(-1, GH), before)
     return gates.view(T, B, D, SAVED[cell], H)  # type: ignore[no-any-return]
@@ -298,70 +288,14 @@ def _weight_gradient(d: Tensor, x: Tensor) -> Tensor:
     return torch.bmm(d.view(T * B, D, M).permute(1, 2, 0), x.reshape(T * B, D, -1).transpose(0, 1))
 
 
-def _backward_fake(cell: str, dy: Any, dh_n: Any, dc_n: Any, dcells: Any, *rest: Any) -> tuple[Tensor, ...]:
-    none = rest[0].new_empty(0)
-    return tuple(none.new_empty(0) if t is None else t.new_empty(t.shape) for t in rest[:_N])
-
-
-class Recurrent(torch.autograd.Function):
-    """The gradient of ``fastseq::recurrent``."""
-
-    @staticmethod
-    def forward(ctx: Any, cell: str, *args: Any) -> tuple[Tensor, ...]:
-        *tensors, keep, implementation = args
-        ctx.cell, ctx.implementation = cell, implementation
-        ctx.set_materialize_grads(False)
-        y, h_n, c_n, cells, gates = below_autograd(
-            recurrent, cell, *tensors, "gates" if keep == "nothing" else keep, implementation
-        )
-        ctx.save_for_backward(*tensors, y, cells, gates)
-        ctx.mark_non_differentiable(gates, *(() if CELLS[cell].states == 2 else (c_n, cells)))
-        return y, h_n, c_n, cells, gates
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        found = recurrent_backward(ctx.cell, *grads[:4], *ctx.saved_tensors, ctx.implementation)
-        kept = [
-            g if t is not None and need else None
-            for g, t, need in zip(found, ctx.saved_tensors[:_N], ctx.needs_input_grad[1 : _N + 1], strict=True)
-        ]
-        return None, *kept, None, None, None, None
-
-
-class RecurrentBackward(torch.autograd.Function):
-    """The gradient of ``fastseq::recurrent_backward``, by the reference formula."""
-
-    @staticmethod
-    def forward(ctx: Any, cell: str, *args: Any) -> tuple[Tensor, ...]:
-        *tensors, implementation = args
-        ctx.cell = cell
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        return below_autograd(recurrent_backward, cell, *tensors, implementation)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, *tangents: Tensor | None) -> Any:
-        grads, inputs, rest = ctx.saved_tensors[:4], ctx.saved_tensors[4 : 4 + _N], ctx.saved_tensors[4 + _N :]
-        reset, lengths = rest[:2]
-
-        def formula(*variables: Tensor) -> Any:
-            return layer(ctx.cell, *variables, reset, lengths)
-
-        to_inputs, to_grads = second_order(formula, inputs, grads, tangents)
-        return None, *to_grads, *to_inputs, *(None for _ in rest), None
-
-
 recurrent = operator(
-    f"recurrent(str cell, {_INPUTS}, str keep, str implementation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    kernel=_forward,
-    fake=_forward_fake,
-    gradient=Recurrent,
-)
-recurrent_backward = operator(
-    f"recurrent_backward(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, {_INPUTS}, "
-    "Tensor y, Tensor cells, Tensor gates, str implementation) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    kernel=_backward,
-    fake=_backward_fake,
-    gradient=RecurrentBackward,
+    "recurrent",
+    inputs="Tensor input, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor h0, Tensor? c0, "
+    "Tensor? reset, Tensor? lengths",
+    differentiable=8,
+    outputs=5,  # y, h_n, c_n, cells, gates
+    forward=_forward,
+    shapes=_shapes,
+    backward=_backward,
+    formula=layer,
 )

@@ -48,7 +48,7 @@ def stock(
     def formula(input: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         return _formula(cell, input, rest[: len(hx)], rest[len(hx) :], settings, batch_first, batch_sizes)
 
-    return Stock.apply(lambda *t: run(True, *t), formula, *tensors)  # type: ignore[no-any-return]
+    return Stock.apply(lambda *t: run(True, *t), formula, *tensors)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _formula(
@@ -72,8 +72,9 @@ def _formula(
         input = input.transpose(0, 1)
     stacks = reference.stacked(params, has_biases, num_layers, 2 if bidirectional else 1)
 
-    def run(*args: Tensor) -> Any:
-        return reference.layer(cell, *args, None, on_device)  # type: ignore[arg-type]
+    def run(*args: Any) -> Any:
+        everything: Any = (cell, *args, None, on_device)
+        return reference.layer(*everything)
 
     y, final, _ = reference.network(run, input, tuple(hx), stacks)
     if lengths is not None:

@@ -181,5 +181,5 @@ def network(
         h0, c0 = (*(state[index * D : (index + 1) * D] for state in hx), None)[:2]
         y, h_n, c_n, cells = run(y, *stack, h0, c0)
         finals.append((h_n, c_n)[: len(hx)])
-    final = tuple(torch.cat(states) for states in zip(*finals, strict=True))  # type: ignore[arg-type]
+    final = tuple(torch.cat(states) for states in zip(*finals, strict=True))
     return y, final, cells

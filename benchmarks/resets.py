@@ -1,0 +1,58 @@
+"""``reset=`` beside the ways around it, interleaved: ``python benchmarks/resets.py``, a minute or two on a CPU.
+
+The sides are those of ``test_resets.py`` (see ``workarounds.py``); what is compared is the output, and in
+training its gradients. ``speed`` is the workaround's time over ours: above 1 ``reset=`` is faster.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import measure
+import torch
+from cases import Case, prepare
+
+from fastseq import stopwatch
+
+CASES = [
+    Case("reset", cell, B, 128, 128, mode=mode, density=density)
+    for cell in ("lstm", "gru")
+    for B, density in ((1, 0.02), (16, 0.02), (16, 0.2), (64, 0.02))
+    for mode in ("forward", "train")
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's (default: its own)")
+    parser.add_argument("--output", metavar="FOLDER", help="of the JSON; default benchmarks/results/<device>")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = []
+    print(f"{'case, resets per step':<44}{'ours ms':>9}  speed beside pad_and_split, stretches, python_loop  (A/A)")
+    for case in CASES:
+        contest = prepare(case)
+        choice = contest.explain()
+        for side in contest.sides:
+            wrong = contest.disagreement(side)
+            assert wrong is None, f"{case.name}: {side}: {wrong}"
+        race = measure.time_sides(contest, rounds=100, least_s=2.0, least_rounds=5, threads=options.threads)
+        ours, again = race.ratio("fastseq"), race.noise()
+        beside = {side: race.ratio(side).median / ours.median for side in contest.sides if side != "fastseq"}
+        facts = {"implementation": choice.name, "why": choice.reason, "speed_beside": beside}
+        rows.append(measure.row(case, race, None, **facts))
+        speeds = "".join(f"{speed:>9.2f}" for speed in beside.values())
+        same = 1 / again.median if again else 1.0
+        title = f"{case.name}, {case.density:g}"
+        print(f"{title:<44}{race.time('fastseq').median:>9.2f}{speeds}  ({same:.3f})", flush=True)
+    provenance = stopwatch.provenance("cpu") | {"threads": options.threads}
+    results = Path(__file__).parent / "results" / measure.slug(str(provenance["device"]))
+    folder = Path(options.output or results)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"resets-threads{options.threads}.json"
+    path.write_text(json.dumps({"what": "reset= beside workarounds", "provenance": provenance, "rows": rows}, indent=1))
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
