@@ -44,6 +44,7 @@ class Case:
     @property
     def name(self) -> str:
         words = [self.kind, self.cell, f"B{self.B}", f"T{self.T}", f"H{self.H}", self.dtype, self.mode]
+        words += [f"p{self.density:g}"] if self.kind == "reset" else []
         words += [f"L{self.layers}"] if self.layers > 1 else []
         words += ["bidirectional"] if self.directions > 1 else []
         return "-".join(words)

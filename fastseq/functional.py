@@ -308,7 +308,14 @@ def choose_sequence(
 ) -> Choice:
     """Which implementation runs a whole sequence, all layers alike."""
     time_first = input.transpose(0, 1) if batch_first else input
-    w_hr = params[-1] if params[-1].dim() == 2 and params[-1].shape[0] == params[1].shape[1] != 0 else None
+    w_hr = (
+        params[-1]
+        if cell == "lstm"
+        and params[-1].dim() == 2
+        and params[-1] is not params[1]
+        and len(params[-1]) == params[1].shape[1]
+        else None
+    )
     return sequence_ops.choice(cell, time_first, params[1], w_hr, opaque=opaque, reset=reset, lengths=lengths)
 
 

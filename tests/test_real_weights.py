@@ -4,7 +4,7 @@ g2p_en (GRU and GRUCell) spells out 2000 words, Resemblyzer (three layers of LST
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 
@@ -27,14 +27,6 @@ def download_or_skip() -> None:
         if os.environ.get("CI"):
             raise
         pytest.skip(f"no network, and FASTSEQ_DATA has no copy: {unreachable}")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

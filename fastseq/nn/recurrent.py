@@ -14,11 +14,23 @@ from .. import dynamo, functional
 from ..implementation import Choice, chosen
 
 _STOCK = frozenset({"auto", "torch"})
+_SEQUENCES: dict[str, Any] = {
+    "RNN_TANH": torch.rnn_tanh,
+    "RNN_RELU": torch.rnn_relu,
+    "LSTM": torch.lstm,
+    "GRU": torch.gru,
+}
+_CELLS: dict[str, Any] = {
+    "rnn_tanh": torch.rnn_tanh_cell,
+    "rnn_relu": torch.rnn_relu_cell,
+    "lstm": torch.lstm_cell,
+    "gru": torch.gru_cell,
+}
 
 
-def _stock(weight: Tensor) -> bool:
+def _stock(tensor: Tensor) -> bool:
     """Whether PyTorch's own module does the job as it is; costs well under a microsecond."""
-    return not torch.compiler.is_compiling() and not weight.is_cuda and chosen() in _STOCK
+    return not torch.compiler.is_compiling() and not tensor.is_cuda and chosen() in _STOCK
 
 
 class _Traced(torch.nn.Module):
@@ -58,6 +70,12 @@ class _Sequence(_Traced, torch.nn.RNNBase):
         return_cells: bool = False,
         recompute: bool = False,
     ) -> Any:
+        if reset is None and lengths is None and not return_cells and not recompute:
+            if type(input) is Tensor and _stock(input):
+                result = self._stock_call(input, hx)
+                return super().forward(input, hx) if result is None else result
+            if not isinstance(input, Proxy) and _stock(self._flat_weights[0]):  # type: ignore[arg-type]
+                return super().forward(input, hx)
         keywords: dict[str, Any] = {
             "reset": reset,
             "lengths": lengths,
@@ -66,13 +84,40 @@ class _Sequence(_Traced, torch.nn.RNNBase):
         }
         if isinstance(input, Proxy):
             return self._leaf(input, hx, **keywords)
-        plain = reset is None and lengths is None and not return_cells and not recompute
-        if plain and _stock(self._flat_weights[0]):  # type: ignore[arg-type]
-            return super().forward(input, hx)
         packed = isinstance(input, PackedSequence)
         y, *rest = self._packed(input, hx, **keywords) if packed else self._padded(input, hx, **keywords)
         state = rest[0] if self._states == 1 else (rest[0], rest[1])
         return (y, state, rest[-1]) if return_cells else (y, state)
+
+    def _stock_call(self, input: Tensor, hx: Any) -> Any:
+        """PyTorch's operator without torch.nn's bookkeeping; None when its checks should look at the arguments."""
+        names, stored = self._flat_weights_names, self._parameters
+        if input.dim() != 3 or input.shape[2] != self.input_size or self.proj_size:
+            return None
+        try:
+            weights = [stored[name] for name in names]
+        except KeyError:  # parametrised: computed on access
+            return None
+        size = (
+            self.num_layers * (2 if self.bidirectional else 1),
+            input.shape[0 if self.batch_first else 1],
+            self.hidden_size,
+        )
+        if hx is None:
+            hx = torch.zeros(size, dtype=input.dtype, device=input.device)
+            hx = (hx, hx) if self._states == 2 else hx
+        elif self._states == 2:
+            if type(hx) is not tuple or len(hx) != 2 or hx[0].shape != size or hx[1].shape != size:
+                return None
+        elif hx.shape != size:
+            return None
+        if input.dtype != weights[0].dtype and not torch._C._is_any_autocast_enabled():  # type: ignore[union-attr]
+            return None
+        y, *state = _SEQUENCES[self.mode](
+            input, hx, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
+            self.batch_first,
+        )  # fmt: skip
+        return y, tuple(state) if self._states == 2 else state[0]
 
     def _padded(
         self, input: Tensor, hx: Any, *, reset: Tensor | None, lengths: Tensor | None, **keywords: Any
@@ -232,6 +277,8 @@ class GRU(_Sequence, torch.nn.GRU):
 class _Cell(_Traced, torch.nn.RNNCellBase):
     """What RNNCell, LSTMCell and GRUCell share: the call."""
 
+    _states = 1
+
     def _kind(self) -> str:
         raise NotImplementedError
 
@@ -241,6 +288,24 @@ class _Cell(_Traced, torch.nn.RNNCellBase):
             return stored["weight_ih"], stored["weight_hh"], stored["bias_ih"], stored["bias_hh"]
         except KeyError:  # parametrised: computed on access
             return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+
+    def forward(self, input: Tensor, hx: Any = None, *, reset: Tensor | None = None) -> Any:
+        if isinstance(input, Proxy):
+            return self._leaf(input, hx, reset=reset)
+        weights, kind, pair = self._weights(), self._kind(), self._states == 2
+        if kind not in _CELLS:
+            return super().forward(input, hx)  # raises as torch.nn does
+        if reset is None and _stock(weights[0]):
+            # PyTorch's operator without torch.nn's bookkeeping, unless its checks should look at the arguments.
+            if input.dim() == 2:
+                if hx is None:
+                    hx = torch.zeros(input.shape[0], self.hidden_size, dtype=input.dtype, device=input.device)
+                    return _CELLS[kind](input, (hx, hx) if pair else hx, *weights)
+                if (hx[0].dim() == hx[1].dim() == 2) if pair else hx.dim() == 2:
+                    return _CELLS[kind](input, hx, *weights)
+            return super().forward(input, hx)
+        new = self._step(input, () if hx is None else (hx[0], hx[1]) if pair else (hx,), reset)
+        return (new[0], new[1]) if pair else new[0]
 
     def _step(self, input: Tensor, states: tuple[Tensor, ...], reset: Tensor | None) -> tuple[Tensor, ...]:
         """A step by another implementation than torch.nn's module; states is empty for zeros."""
@@ -284,15 +349,6 @@ class RNNCell(_Cell, torch.nn.RNNCell):
     def _kind(self) -> str:
         return f"rnn_{self.nonlinearity}"
 
-    def forward(self, input: Tensor, hx: Tensor | None = None, *, reset: Tensor | None = None) -> Tensor:
-        if isinstance(input, Proxy):
-            return self._leaf(input, hx, reset=reset)
-        if reset is None and (_stock(self._weights()[0]) or self.nonlinearity not in ("tanh", "relu")):
-            if hx is not None and input.dim() == 2 and hx.dim() == 2 and self.nonlinearity == "tanh":
-                return torch.rnn_tanh_cell(input, hx, *self._weights())
-            return super().forward(input, hx)
-        return self._step(input, () if hx is None else (hx,), reset)[0]
-
 
 class GRUCell(_Cell, torch.nn.GRUCell):
     """One step of a gated recurrent unit, a drop-in ``torch.nn.GRUCell``.
@@ -307,16 +363,6 @@ class GRUCell(_Cell, torch.nn.GRUCell):
     def _kind(self) -> str:
         return "gru"
 
-    def forward(self, input: Tensor, hx: Tensor | None = None, *, reset: Tensor | None = None) -> Tensor:
-        if isinstance(input, Proxy):
-            return self._leaf(input, hx, reset=reset)
-        weights = self._weights()
-        if reset is None and _stock(weights[0]):
-            if hx is not None and input.dim() == 2 and hx.dim() == 2:
-                return torch.gru_cell(input, hx, *weights)
-            return super().forward(input, hx)
-        return self._step(input, () if hx is None else (hx,), reset)[0]
-
 
 class LSTMCell(_Cell, torch.nn.LSTMCell):
     """One step of a long short-term memory, a drop-in ``torch.nn.LSTMCell``.
@@ -328,18 +374,7 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
         >>> h, c = fastseq.LSTMCell(4, 8)(torch.randn(2, 4), (torch.zeros(2, 8), torch.zeros(2, 8)))
     """
 
+    _states = 2
+
     def _kind(self) -> str:
         return "lstm"
-
-    def forward(
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, reset: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        if isinstance(input, Proxy):
-            return self._leaf(input, hx, reset=reset)
-        weights = self._weights()
-        if reset is None and _stock(weights[0]):
-            if hx is not None and input.dim() == 2 and hx[0].dim() == 2 and hx[1].dim() == 2:
-                return torch.lstm_cell(input, hx, *weights)
-            return super().forward(input, hx)
-        h, c = self._step(input, () if hx is None else (hx[0], hx[1]), reset)
-        return h, c
