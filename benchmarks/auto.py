@@ -3,14 +3,14 @@
 Over B 1, 16, 64, T 32, 128, H 64, 256, 512, in inference and training, and over single steps of the cells,
 the speed of ``auto`` (torch's time over ours, the median over interleaved rounds) must be at least 0.97.
 
-The rule. Every round times torch, ours and torch again, in an order that turns and reverses. A case whose
-speed is below 0.97 is measured again, later and for twice as long, at most three times while time is left;
-the last measurement counts, all of them are in the JSON. Then a case is
+The rule. Every round times torch, ours and torch again, in an order that turns and reverses; torch against
+itself is the noise of the race. A case that is not ``ok`` is measured again, later and for twice as long, at
+most three times while time is left; the last measurement counts, all of them are in the JSON. A case is
 
-- ``ok``      at 0.97 or more,
-- ``slow``    below 0.97 by more than the noise of its race (torch against itself): exit code 1,
-- ``noise``   below 0.97 by less than that: no evidence either way. Where the noise exceeds 0.05 the machine
-              is too busy for any verdict: exit code 2, and run it again on a quiet one.
+- ``slow``    below 0.97 by more than the noise: exit code 1,
+- ``busy``    anywhere else with a noise above 0.05: no verdict, exit code 2; run it on a quiet machine,
+- ``even``    below 0.97 by less than the noise: no evidence that it is slower, and it is counted as such,
+- ``ok``      at 0.97 or more.
 
 Results are compared before anything is timed; a case that disagrees is ``red``, untimed: exit code 1.
 """
@@ -53,9 +53,9 @@ def main() -> int:
         rows[case] = _row(case, options.threads, ceiling, attempt=0)
         _print_row(rows[case])
     for attempt in range(1, RETRIES + 1):
-        again = [case for case in cases if rows[case]["verdict"] in ("slow", "noise")]
+        again = [case for case in cases if rows[case]["verdict"] not in ("ok", "red")]
         if again:
-            print(f"\nmeasured again, {2**attempt} times as long ({len(again)} below {FLOOR}):")
+            print(f"\nmeasured again, {2**attempt} times as long ({len(again)} cases):")
         for case in again:
             if time.monotonic() > deadline:
                 print(f"no time left after {options.minutes:g} minutes: the measurements so far count")
@@ -84,8 +84,16 @@ def _row(case: Case, threads: int, ceiling: float, attempt: int) -> Row:
     )
     row = measure.row(case, race, ceiling, **facts)
     speed = _speed(row, "fastseq")
-    row["verdict"] = "ok" if speed >= FLOOR else "slow" if speed + row["noise"] < FLOOR else "noise"
+    row["verdict"] = _verdict(speed, row["noise"])
     return row
+
+
+def _verdict(speed: float, noise: float) -> str:
+    if speed + noise < FLOOR:
+        return "slow"
+    if noise > TOO_NOISY:
+        return "busy"
+    return "ok" if speed >= FLOOR else "even"
 
 
 def _finish(rows: list[Row], options: argparse.Namespace, seconds: float, ceiling: float) -> int:
@@ -93,9 +101,9 @@ def _finish(rows: list[Row], options: argparse.Namespace, seconds: float, ceilin
     shown_only = {case.name for case in CALLS}
     judged = [row for row in rows if row["name"] not in shown_only]
     bad = [row["name"] for row in judged if row["verdict"] in ("slow", "red")]
-    unclear = [row for row in judged if row["verdict"] == "noise"]
-    too_noisy = [row["name"] for row in unclear if row["noise"] > TOO_NOISY]
-    code = 1 if bad else 2 if too_noisy else 0
+    busy = [row["name"] for row in judged if row["verdict"] == "busy"]
+    even = [row["name"] for row in judged if row["verdict"] == "even"]
+    code = 1 if bad else 2 if busy else 0
 
     print(f"\n{len(rows)} cases in {seconds / 60:.1f} minutes, {options.threads} threads")
     for side, title in (("fastseq", "speed of auto"), ("torch again", "torch vs itself")):
@@ -104,11 +112,8 @@ def _finish(rows: list[Row], options: argparse.Namespace, seconds: float, ceilin
             of = stopwatch.Spread.of(speeds)
             spread = f"median {of.median:.3f}  quartiles {of.lower:.3f} {of.upper:.3f}  least {min(speeds):.3f}"
             print(f"{title:<16} {spread}")
-    print(f"below {FLOOR} within the noise: {len(unclear)}; beyond it or red: {len(bad)}")
-    for name in bad:
-        print(f"  {name}")
-    if code == 2:
-        print(f"no verdict, torch against itself is off by more than {TOO_NOISY}: {', '.join(too_noisy)}")
+    for title, names in (("slow or red", bad), ("busy (no verdict)", busy), ("even", even)):
+        print(f"{title}: {len(names)}" + "".join(f"\n  {name}" for name in names))
 
     provenance = stopwatch.provenance("cpu") | {"threads": options.threads}
     record = {

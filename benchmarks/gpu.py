@@ -154,7 +154,7 @@ def one(case: Case, ceiling: float, device: str) -> dict[str, Any]:
 
 def _gated_and_timed(case: Case, ceiling: float, device: str) -> dict[str, Any]:
     """Torch, our kernel by name, and ``auto`` where the cost of a call is the question."""
-    kernel = "triton" if device == "cuda" else "reference"  # without a GPU the reference stands in, to run this code
+    kernel = _kernel(device)
     names = (kernel, "auto") if case.kind == "step" else (kernel,)
     contest = prepare(case, device, names)
     facts = _choices(contest, kernel)

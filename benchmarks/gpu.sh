@@ -43,7 +43,7 @@ exec > >(tee "$out/log.txt") 2>&1
 tee_pid=$!
 
 say "install, without dependencies"
-if within 60 $((seconds * 2 / 3)) "$python" -m pip install -q --no-deps --no-build-isolation -e . \
+if within 60 $((seconds * 2 / 3)) "$python" -m pip install -q --no-deps --no-build-isolation -e . 2>&1 | tail -n 4 \
     && within 30 $((seconds / 2)) "$python" -c 'import fastseq'; then
   echo "installed"
 else

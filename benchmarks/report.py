@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-HEADER = f"{'case':<48}{'torch ms':>10}{'kernel ms':>10}{'µs/step':>9}{'speed':>7}{'noise':>7}  auto would run"
+HEADER = f"{'case':<54}{'torch ms':>10}{'kernel ms':>10}{'µs/step':>9}{'speed':>7}{'noise':>7}  auto would run"
 Row = dict[str, Any]
 TROUBLES = ("barred", "refused", "red", "hung", "error")  # why a row has no timing
 
@@ -14,10 +14,10 @@ def line(row: Row) -> str:
     """A row for people: a timing, or the reason why there is none."""
     for word in TROUBLES:
         if word in row:
-            return f"{row['name']:<48}{word}: {row[word].splitlines()[0]}"
+            return f"{row['name']:<54}{word}: {row[word].splitlines()[0]}"
     peer, ours = row["sides"][_peer(row)], row["sides"][row["kernel"]]
     return (
-        f"{row['name']:<48}{peer['ms']['median']:>10.3f}{ours['ms']['median']:>10.3f}{ours['us_per_step']:>9.2f}"
+        f"{row['name']:<54}{peer['ms']['median']:>10.3f}{ours['ms']['median']:>10.3f}{ours['us_per_step']:>9.2f}"
         f"{ours['speed']['median']:>7.2f}{row['noise']:>7.3f}  {row['auto']}"
     )
 

@@ -189,7 +189,7 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, object]:
         "triton": _triton_version(),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,  # type: ignore[no-untyped-call]
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device_name(device),

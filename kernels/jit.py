@@ -1,10 +1,9 @@
 """Small jit functions that every kernel may use, and the few facts about Triton that launchers need."""
 
-import torch
 import triton
 import triton.language as tl
 
-INTERPRETED: bool = triton.knobs.runtime.interpret  # fixed when a kernel is decorated, so read once, here
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # fixed when a kernel is decorated, so read once, here
 
 # Contracting a multiply and an add into one instruction is more exact and faster. Said at every launch, because
 # the default differs between Triton's versions and backends.
@@ -19,6 +18,15 @@ def sigmoid(x):
 @triton.jit
 def tanh(x):
     return 2.0 * sigmoid(2.0 * x) - 1.0  # a quotient of two exponentials would overflow to NaN
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b``, accumulated in fp32."""
+    if INTERPRETED:  # whose product would take bf16 for the integers that hold its bits
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -61,6 +69,13 @@ def select_tiles(condition, tiles, others):
     return selected
 
 
-def precision(dtype: torch.dtype, allow_tf32: bool) -> str:
-    """How a matrix product reads fp32 operands; for other dtypes the flag would only compile a kernel twice."""
-    return "tf32" if dtype == torch.float32 and allow_tf32 and not torch.version.hip else "ieee"
+@triton.jit
+def time_of(s, T, d):
+    """The time that direction d reads at its s-th step: s, or T-1-s in the backward direction."""
+    return s + d * (T - 1 - 2 * s)
+
+
+@triton.jit
+def row_of(t, start, d, B, D: tl.constexpr):
+    """The row of ``[T, B, D, ...]`` at which a program's tile begins; 64 bits, for T*B*D*width may be large."""
+    return (B.to(tl.int64) * t + start) * D + d

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import real
-from support.budget import assert_within_budget
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import fastseq
+
+from .support import real
+from .support.budget import assert_within_budget
 
 
 def download_or_skip() -> None:
@@ -59,8 +60,7 @@ class Spelled:
         """Phoneme and word error rate."""
         said = real.spoken(phonemes, self.names)
         counts = [
-            real.phoneme_errors(phones, self.accepted[word])
-            for phones, word in zip(said, self.words, strict=True)
+            real.phoneme_errors(phones, self.accepted[word]) for phones, word in zip(said, self.words, strict=True)
         ]
         wrong, length = (sum(column) for column in zip(*counts, strict=True))
         return wrong / length, sum(errors > 0 for errors, _ in counts) / len(counts)
@@ -212,9 +212,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("ci", [True, False])
-def test_no_network_skips_but_fails_in_ci(
-    empty_folder: Path, monkeypatch: pytest.MonkeyPatch, ci: bool
-) -> None:
+def test_no_network_skips_but_fails_in_ci(empty_folder: Path, monkeypatch: pytest.MonkeyPatch, ci: bool) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", "https://127.0.0.1:9/simple")  # a port where nobody listens
     monkeypatch.setenv("CI", "true" if ci else "")
     with pytest.raises(real.UnreachableError if ci else pytest.skip.Exception, match="connection broken"):
@@ -222,9 +220,7 @@ def test_no_network_skips_but_fails_in_ci(
     assert not list(empty_folder.iterdir())
 
 
-def test_other_failures_of_the_download_are_errors(
-    empty_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_failures_of_the_download_are_errors(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(RuntimeError, match="No matching distribution") as failure:
         download_or_skip()

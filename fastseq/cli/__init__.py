@@ -83,9 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Without an argument: trains a character language model on the prose of Python's own"
         " help pages, with torch.nn and swapped, from the same seed. With FILE.py:factory: your own model.",
     )  # fmt: skip
-    command.add_argument(
-        "target", nargs="?", metavar="FILE.py:factory", help="a function that returns (model, inputs)"
-    )
+    command.add_argument("target", nargs="?", metavar="FILE.py:factory", help="a function that returns (model, inputs)")
     command.add_argument("--cell", choices=tuple(language.LAYERS), help="built-in model's (default: lstm)")
     command.add_argument("--steps", type=_positive, help=f"training steps (default: {language.STEPS})")
     command.add_argument(

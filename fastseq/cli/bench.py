@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from fastseq.cli.compare import Settings, forward, swapped_pair, switches, training_step
+from fastseq.cli.compare import RUNS, Settings, swapped_pair, switches
 from fastseq.cli.equality import Call, compare_models
 from fastseq.cli.show import Mistake, interval, milliseconds, print_json, progress, say, show_table, show_text
 from fastseq.stopwatch import Spread, provenance, race
@@ -16,7 +16,6 @@ from fastseq.stopwatch import Spread, provenance, race
 __all__ = ["CASES", "bench"]
 
 ROUNDS = 100
-STEPS = {"forward": forward, "forward and backward": training_step}
 
 
 @dataclass(frozen=True)
@@ -102,13 +101,13 @@ def measure(name: str, shape: Shape, settings: Settings, budget_s: float) -> lis
     width = (shape.B,) if shape.T is None else (shape.T, shape.B)
     peer, ours, _ = swapped_pair(CASES[name][0](shape.I, shape.H).to(settings.device))
     call = Call((torch.randn(*width, shape.I).to(settings.device),))
-    equality = compare_models(peer, ours, call, settings.implementation)
+    equality = compare_models(peer, ours, call)
     if not equality.passed:
         raise Mismatch([f"{name} {shape}: {reason}" for reason in equality.reasons()])
     results = []
-    for run, step in STEPS.items():
+    for run, step in RUNS.items():
         result = race(
-            {"torch": step(peer, call), "fastseq": step(ours, call, settings.implementation)},
+            {"torch": step(peer, call), "fastseq": step(ours, call)},
             rounds=ROUNDS, budget_s=budget_s, threads=settings.threads,
         )  # fmt: skip
         noise = result.noise()

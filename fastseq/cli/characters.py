@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import fastseq
 from fastseq.cli.show import Mistake
 
 __all__ = ["LAYERS", "Characters", "Corpus", "Sizes", "Training", "sample"]
@@ -77,8 +76,8 @@ class Characters(nn.Module):
 class Training:
     """One model on its way through the batches; `step` goes one further and keeps the loss."""
 
-    def __init__(self, model: Characters, batches: Tensor, sizes: Sizes, implementation: str) -> None:
-        self.model, self.batches, self.sizes, self.implementation = model, batches, sizes, implementation
+    def __init__(self, model: Characters, batches: Tensor, sizes: Sizes) -> None:
+        self.model, self.batches, self.sizes = model, batches, sizes
         self.optimizer = torch.optim.Adam(model.parameters(), lr=sizes.learning_rate)
         self.losses: list[Tensor] = []
         self._state: Any = None
@@ -88,10 +87,9 @@ class Training:
         tokens = self.batches[position]
         state = self._state if position else None  # a new pass begins with no state
         self.optimizer.zero_grad(set_to_none=True)
-        with fastseq.use(self.implementation):
-            logits, state = self.model(tokens[:, :-1], state)
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-            loss.backward()  # type: ignore[no-untyped-call]
+        logits, state = self.model(tokens[:, :-1], state)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.sizes.clip)
         self.optimizer.step()
         self._state = tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
@@ -102,15 +100,14 @@ class Training:
 
 
 @torch.no_grad()
-def sample(model: Characters, corpus: Corpus, implementation: str) -> str:
+def sample(model: Characters, corpus: Corpus) -> str:
     """Return what the model writes after a prompt, a character per call, its state carried along."""
     generator = torch.Generator().manual_seed(SEED)
     device = model.head.weight.device
     text, state = PROMPT, None
     tokens = corpus.encode(PROMPT)
     for _ in range(SAMPLE_LENGTH):
-        with fastseq.use(implementation):
-            logits, state = model(tokens[None].to(device), state)
+        logits, state = model(tokens[None].to(device), state)
         likely = (logits[0, -1].double().cpu() / TEMPERATURE).softmax(-1)
         tokens = torch.multinomial(likely, 1, generator=generator)
         text += corpus.vocabulary[int(tokens)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import sys
 import traceback
@@ -13,16 +14,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastseq
 from fastseq.cli import plot
-from fastseq.cli.equality import Call, compare_models, describe, weighted_sum
+from fastseq.cli.equality import Call, backward, compare_models, describe, weights_for
 from fastseq.cli.show import Mistake, folder, say, show_race, show_table, show_text, write_record
 from fastseq.stopwatch import Race, provenance, race
 from fastseq.swap import Report
 
-__all__ = ["Settings", "compare", "load", "swapped_pair", "switches"]
+__all__ = ["RUNS", "Settings", "compare", "load", "swapped_pair", "switches"]
 
 ROUNDS = 30
 BUDGET_S = 10.0  # per race; a race of slow models ends after three rounds
@@ -40,8 +41,14 @@ class Settings:
     tf32: bool
 
     def __str__(self) -> str:
-        words = [str(self.device), f"{self.threads} threads", f"implementation {self.implementation}"]
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        words = [str(self.device), threads, f"implementation {self.implementation}"]
         return ", ".join([*words, "TF32 allowed"] if self.tf32 else words)
+
+    @property
+    def rounding(self) -> float:
+        """The relative rounding of an fp32 product: TF32 keeps ten bits."""
+        return 2.0**-10 if self.tf32 and self.device.type == "cuda" else torch.finfo(torch.float32).eps
 
     def record(self) -> dict[str, object]:
         """Return what a record must say of them."""
@@ -67,7 +74,7 @@ def compare(target: str, settings: Settings, output: Path) -> bool:
     }
     with switches(settings):
         record["provenance"] = provenance(settings.device)
-        equality = compare_models(peer, ours, call, settings.implementation)
+        equality = compare_models(peer, ours, call)
         describe(equality)
         record["equality"] = equality.record()
         if equality.passed:  # no speed on a mismatch
@@ -75,6 +82,9 @@ def compare(target: str, settings: Settings, output: Path) -> bool:
             record["times"] = {name: result.record() for name, result in races.items()}
             record["memory"] = _memory(peer, ours, call, settings)
             plot.save_plot(plot.model_figure(equality, races), out / "compare.png")
+        elif any(isinstance(m, nn.RNNBase) and m.training and m.dropout > 0 for m in peer.modules()):
+            show_text("note: the model drops out between layers, where implementations may draw differently;")
+            show_text("      let the factory return model.eval()")
     record["verdict"] = {"equal": equality.passed, "reasons": equality.reasons()}
     write_record(out / "record.json", record)
     if equality.passed:
@@ -97,12 +107,12 @@ def load(target: str) -> tuple[nn.Module, Call]:
         raise Mistake(f"{name}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickling look their module up
-    with _on_path(path.resolve().parent):
-        _theirs(f"importing {name}", path, lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
-        factory = getattr(module, function, None)
-        if not callable(factory):
-            raise Mistake(f"{name}: no function {function!r}")
-        made = _theirs(target, path, factory)
+    sys.path.insert(0, str(path.resolve().parent))  # as `python FILE.py` does, for imports from next to it
+    _theirs(f"importing {name}", path, functools.partial(spec.loader.exec_module, module))
+    factory = getattr(module, function, None)
+    if not callable(factory):
+        raise Mistake(f"{name}: no function {function!r}")
+    made = _theirs(target, path, factory)
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise Mistake(f"{target}: expected (model, inputs), got {_kind(made)}")
     model, inputs = made
@@ -117,11 +127,11 @@ def load(target: str) -> tuple[nn.Module, Call]:
 
 def swapped_pair(model: _M) -> tuple[_M, _M, Report]:
     """Return the model with torch's modules, a copy with fastseq's, and the report of the swap."""
+    fastseq.restore(model)  # it may have been built from fastseq's modules
     try:
         ours = copy.deepcopy(model)
     except Exception as error:
         raise Mistake(f"the model cannot be copied: {type(error).__name__}: {error}") from error
-    fastseq.restore(model)
     report = fastseq.swap(ours)
     if not len(report):
         raise Mistake(f"nothing to compare; {'; '.join(str(report).splitlines())}")
@@ -130,48 +140,59 @@ def swapped_pair(model: _M) -> tuple[_M, _M, Report]:
 
 @contextmanager
 def switches(settings: Settings) -> Iterator[None]:
-    """Pin torch's threads and TF32 switches, and put them back."""
+    """Choose the implementation, pin torch's threads and TF32 switches, and put all of it back.
+
+    The choice concerns fastseq's modules only, so torch's side may run inside as well.
+    """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = torch.get_num_threads(), cudnn.allow_tf32, matmul.allow_tf32
     try:
         torch.set_num_threads(settings.threads)
         cudnn.allow_tf32 = matmul.allow_tf32 = settings.tf32
-        yield
+        with fastseq.use(settings.implementation):
+            yield
     finally:
         torch.set_num_threads(before[0])
         cudnn.allow_tf32, matmul.allow_tf32 = before[1:]
 
 
-def training_step(model: nn.Module, call: Call, implementation: str = "auto") -> Callable[[], object]:
-    """Return a function that runs forward and backward once, leaving gradients of parameters and inputs."""
-    call = call.fresh()
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        with fastseq.use(implementation):
-            loss = weighted_sum(model(*call.args, **call.kwargs))
-            if loss is not None and loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
-
-    return step
-
-
-def forward(model: nn.Module, call: Call, implementation: str = "auto") -> Callable[[], object]:
+def forward(model: nn.Module, call: Call) -> Callable[[], object]:
     """Return a function that runs forward once, without gradients."""
 
     def step() -> None:
-        with torch.no_grad(), fastseq.use(implementation):
+        with torch.no_grad():
             model(*call.args, **call.kwargs)
 
     return step
 
 
+def forward_and_backward(model: nn.Module, call: Call) -> Callable[[], object]:
+    """Return a function that runs forward and backward once, to fresh gradients of parameters and inputs."""
+    call = call.fresh()
+    leaves = [*model.parameters(), *call.tensors()]
+    weights: list[Tensor] = []
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        outputs = model(*call.args, **call.kwargs)
+        if not weights:  # made in the first call, which is a warm-up
+            weights.extend(weights_for(outputs))
+        if weights:
+            backward(outputs, weights)
+
+    return step
+
+
+RUNS = {"forward": forward, "forward and backward": forward_and_backward}
+
+
 def _races(peer: nn.Module, ours: nn.Module, call: Call, settings: Settings) -> dict[str, Race]:
     races: dict[str, Race] = {}
-    for title, step in (("forward", forward), ("forward and backward", training_step)):
+    for title, step in RUNS.items():
         say(f"timing {title}, at most {BUDGET_S:g} s")
         races[title] = race(
-            {"torch": step(peer, call), "fastseq": step(ours, call, settings.implementation)},
+            {"torch": step(peer, call), "fastseq": step(ours, call)},
             rounds=ROUNDS, budget_s=BUDGET_S, threads=settings.threads,
         )  # fmt: skip
         show_race(title[0].upper() + title[1:], races[title])
@@ -185,10 +206,9 @@ def _memory(peer: nn.Module, ours: nn.Module, call: Call, settings: Settings) ->
         show_text(f"Memory: not measured, torch keeps no peak on {device.type}.")
         return None
     peaks = {}
-    for name, step in {
-        "torch": training_step(peer, call), "fastseq": training_step(ours, call, settings.implementation)
-    }.items():  # fmt: skip
-        step()  # gradients of the first call stay allocated in the second: both sides count the same
+    for name, model in {"torch": peer, "fastseq": ours}.items():
+        step = forward_and_backward(model, call)
+        step()  # what is allocated once and kept does not count
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -207,18 +227,9 @@ def _theirs(what: str, path: Path, function: Callable[[], Any]) -> Any:
         return function()
     except Exception as error:
         trace = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in trace if frame.filename == str(path)]
+        lines = [frame.lineno for frame in trace if Path(frame.filename).resolve() == path.resolve()]
         where = f" (line {lines[-1]})" if lines else ""
         raise Mistake(f"{what} raised {type(error).__name__}: {error}{where}") from error
-
-
-@contextmanager
-def _on_path(folder: Path) -> Iterator[None]:
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
 
 
 def _kind(value: object) -> str:

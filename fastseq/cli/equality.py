@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from torch.utils import _pytree as pytree
 import fastseq
 from fastseq.cli.show import Mistake, show_table, show_text
 
-__all__ = ["Call", "Check", "Equality", "compare_models", "describe", "nudge_", "weighted_sum"]
+__all__ = ["Call", "Check", "Equality", "backward", "compare_models", "describe", "nudge_", "weights_for"]
 
 SLACK = 2.0  # error against float64, as a multiple of torch's own
 NUDGE_SLACK = 8.0  # one nudged run samples the effect of rounding once; this is its safety margin
@@ -51,6 +52,10 @@ class Call:
         )
         return Call(args, kwargs)
 
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
     def fresh(self) -> Call:
         """Return a call with new tensors, all floating ones asking for a gradient."""
         return self.map(lambda t: t.detach().clone().requires_grad_(t.is_floating_point()))
@@ -71,7 +76,8 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return self.identical or self.error <= self.budget  # NaN compares false: not passed
+        # NaN compares false, and an infinite budget (torch overflowed) allows nothing: both do not pass.
+        return self.identical or self.error <= self.budget < math.inf
 
 
 @dataclass(frozen=True)
@@ -98,15 +104,15 @@ class Equality:
         return {"rule": self.rule, **verdict, "checks": checks}
 
 
-def compare_models(peer: nn.Module, ours: nn.Module, call: Call, implementation: str) -> Equality:
+def compare_models(peer: nn.Module, ours: nn.Module, call: Call) -> Equality:
     """Compare outputs and gradients of two models with equal parameters; neither model is changed.
 
-    The gradients are those of `weighted_sum`, with respect to every parameter and every floating input.
+    The gradients are those of a weighted sum of all outputs, to every parameter and every floating input.
     Where the model also runs in float64, an error is measured against that and may be twice torch's own (plus
     one rounding of the largest value); else the difference from torch may be what nudging every weight and
     input by one rounding does, times eight.
 
-    Raises Mistake where torch's own side fails, or where `implementation` refuses.
+    Raises Mistake where torch's own side fails, or where the implementation asked for refuses.
     """
     try:
         values = evaluate(peer, call)
@@ -116,30 +122,29 @@ def compare_models(peer: nn.Module, ours: nn.Module, call: Call, implementation:
     if not any(name.startswith("output") for name in values):
         raise Mistake("the model returns no tensor that could be compared")
     try:
-        with fastseq.use(implementation):
-            got = evaluate(ours, call)
+        got = evaluate(ours, call)
     except fastseq.Unsupported as refusal:
         raise Mistake(str(refusal)) from refusal
     except Exception as error:
         return Equality("", (), (f"the swapped model raised {type(error).__name__}: {error}",))
 
-    exact, rule = _exact_values(peer, call)
-    if exact is None:
-        moved = evaluate(nudge_(copy.deepcopy(peer), SEED), call.map(_nudged))
+    exact, rule = _exact_values(peer, call, values)
+    moved = {} if exact is not None else evaluate(nudge_(copy.deepcopy(peer), SEED), call.map(_nudged))
     checks, complaints = [], _structure(values, got)
     for name, value in values.items():
         own = got.get(name)
         if value is None or own is None or own.shape != value.shape or own.dtype != value.dtype:
             continue  # _structure has complained where it must
-        if not _largest(value, again[name]) <= SELF_SLACK * _rounding(value):
+        itself = _largest(value, again.get(name))
+        if not itself <= SELF_SLACK * _rounding(value):
             complaints.append(
-                f"{name}: torch.nn differs from itself when run twice, by {_largest(value, again[name]):.2e}:"
+                f"{name}: torch.nn differs from itself when run twice, by {itself:.2e}:"
                 " a random model cannot be compared"
             )
         target = exact[name] if exact is not None else value
         assert target is not None  # same keys, same gaps: _exact_values has checked
         if not value.is_floating_point():
-            budget = 0.0
+            budget = 0.0  # indices and lengths are the same or wrong
         elif exact is not None:
             budget = SLACK * (_largest(value, target) + _rounding(target, value.dtype))
         else:
@@ -156,10 +161,9 @@ def evaluate(model: nn.Module, call: Call) -> Values:
     torch.manual_seed(SEED)  # dropout then drops the same on both sides, where both draw the same way
     outputs = model(*call.args, **call.kwargs)
     values: Values = {name: value.detach() for name, value in _named("output", outputs).items()}
-    loss = weighted_sum(outputs)
-    if loss is None or not loss.requires_grad:
+    if not _differentiable(outputs):
         return values
-    loss.backward()  # type: ignore[no-untyped-call]
+    backward(outputs, weights_for(outputs))
     for name, parameter in model.named_parameters():
         values[f"gradient of {name}"] = parameter.grad
     for name, value in _named("input", (*call.args, call.kwargs) if call.kwargs else call.args).items():
@@ -168,32 +172,36 @@ def evaluate(model: nn.Module, call: Call) -> Values:
     return values
 
 
-def weighted_sum(outputs: object) -> Tensor | None:
-    """Return the sum of all floating outputs with fixed weights of ±1/2 and ±1, or None without such outputs.
+def weights_for(outputs: object) -> list[Tensor]:
+    """Return weights of ±1/2 and ±1 for every differentiable output, the same for the same shapes.
 
     A plain sum would not see a softmax or a LayerNorm at the end; these weights are exact in every dtype.
     """
-    total = None
     generator = torch.Generator().manual_seed(SEED)
-    for value in _named("output", outputs).values():
-        if value.is_floating_point():
-            weights = torch.tensor([-1.0, -0.5, 0.5, 1.0])[torch.randint(4, value.shape, generator=generator)]
-            part = (value * weights.to(value)).sum()
-            total = part if total is None else total + part.to(total)
-    return total
+    levels = torch.tensor([-1.0, -0.5, 0.5, 1.0])
+    return [levels[torch.randint(4, y.shape, generator=generator)].to(y) for y in _differentiable(outputs)]
+
+
+def backward(outputs: object, weights: Sequence[Tensor]) -> None:
+    """Backpropagate the weighted sum of all differentiable outputs."""
+    torch.autograd.backward(_differentiable(outputs), weights)
 
 
 @torch.no_grad()
-def nudge_(model: _M, seed: int) -> _M:
-    """Move every weight by one rounding, up or down at random: what it changes, rounding may change."""
-    for k, parameter in enumerate(model.parameters()):
-        parameter.copy_(_nudged(parameter, seed + k))
+def nudge_(model: _M, seed: int, rounding: float | None = None) -> _M:
+    """Move every weight by one rounding, up or down at random: what this changes, rounding may change.
+
+    `rounding` is relative; default: the eps of the weight's dtype.
+    """
+    for parameter in model.parameters():
+        parameter.copy_(_nudged(parameter, seed, rounding))
     return model
 
 
 def describe(equality: Equality) -> None:
     """Print the checks to stdout: those that failed, then those nearest to their budget."""
     if equality.checks:
+
         def share(check: Check) -> float:
             return check.error / check.budget if check.budget > 0 else 0.0
 
@@ -211,17 +219,15 @@ def describe(equality: Equality) -> None:
         show_text(f"mismatch: {reason}", style="bold red")
 
 
-def _exact_values(peer: nn.Module, call: Call) -> tuple[Values | None, str]:
+def _exact_values(peer: nn.Module, call: Call, values: Values) -> tuple[Values | None, str]:
     """Return torch's values in float64 and the rule they give, or None and the other rule."""
-    leaves = [*peer.parameters(), *pytree.tree_leaves((call.args, call.kwargs))]
-    if any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in leaves):
+    if any(tensor.dtype == torch.float64 for tensor in (*peer.parameters(), *call.tensors())):
         why = "the model is in float64 already"
     else:
         try:
-            with_double = call.map(lambda t: t.double() if t.is_floating_point() else t)
-            exact = evaluate(copy.deepcopy(peer).double(), with_double)
-            plain = evaluate(peer, call)
-            if not _structure(plain, exact, dtypes=False):
+            doubled = call.map(lambda t: t.double() if t.is_floating_point() else t)
+            exact = evaluate(copy.deepcopy(peer).double(), doubled)
+            if not _structure(values, exact, dtypes=False):
                 return exact, f"error against float64 at most {SLACK:g} x torch's own, plus one rounding"
             why = "in float64 its outputs have another shape"
         except Exception as error:  # any operator may lack float64; the reason goes into the record
@@ -249,6 +255,10 @@ def _structure(values: Values, got: Values, *, dtypes: bool = True) -> list[str]
     return complaints
 
 
+def _differentiable(outputs: object) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+
+
 def _named(root: str, tree: object) -> dict[str, Tensor]:
     leaves, _ = pytree.tree_flatten_with_path(tree)
     return {root + pytree.keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
@@ -273,9 +283,10 @@ def _rounding(value: Tensor, dtype: torch.dtype | None = None) -> float:
     return torch.finfo(dtype or value.dtype).eps * finite.abs().max().item()
 
 
-def _nudged(tensor: Tensor, seed: int = SEED) -> Tensor:
+def _nudged(tensor: Tensor, seed: int = SEED, rounding: float | None = None) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     generator = torch.Generator(tensor.device).manual_seed(seed)
     up = torch.randint(2, tensor.shape, generator=generator, device=tensor.device)
-    return tensor * (1 + torch.finfo(tensor.dtype).eps * (2 * up - 1).to(tensor.dtype))
+    step = torch.finfo(tensor.dtype).eps if rounding is None else rounding
+    return tensor * (1 + step * (2 * up - 1).to(tensor.dtype))

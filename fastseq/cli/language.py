@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -40,19 +41,20 @@ class Verdict:
         return asdict(self) | {"passed": not self.reasons}
 
 
-def verdict(ours: Sequence[float], peer: Sequence[float], nudged: Sequence[float]) -> Verdict:
+def verdict(ours: Sequence[float], peer: Sequence[float], nudged: Sequence[float], rounding: float) -> Verdict:
     """Hold two loss curves against what rounding alone may do.
 
     Training magnifies rounding, so no fixed number can be the tolerance. `nudged` is the peer's run repeated
     with every weight moved by one rounding before each step; eight times as far as it has strayed is allowed.
     """
     strayed = accumulate((abs(a - b) for a, b in zip(nudged, peer, strict=True)), max)
-    rounding = torch.finfo(torch.float32).eps
     tolerance = tuple(SLACK * (s + rounding * abs(b)) for s, b in zip(strayed, peer, strict=True))
     gaps = [abs(a - b) for a, b in zip(ours, peer, strict=True)]
     # Not `gap > limit`: NaN must fail.
     failed = [k for k, (gap, limit) in enumerate(zip(gaps, tolerance, strict=True)) if not gap <= limit]
     reasons = []
+    if not all(math.isfinite(loss) for curve in (ours, peer, nudged) for loss in curve):
+        reasons.append("a loss is not finite")
     if failed:
         k = failed[0]
         reasons.append(
@@ -61,14 +63,14 @@ def verdict(ours: Sequence[float], peer: Sequence[float], nudged: Sequence[float
         )
     rule = (
         f"at each step at most {SLACK:g} x (how far torch.nn's own loss has strayed so far when every weight"
-        " is moved by one rounding before each step, plus one rounding of the loss)"
+        f" is moved by one rounding, {rounding:.1e}, before each step, plus one rounding of the loss)"
     )
     return Verdict(rule, max(gaps), tolerance, tuple(reasons))
 
 
-def language(cell: str, steps: int, settings: Settings, output: Path, sizes: Sizes | None = None) -> bool:
+def language(cell: str, steps: int, settings: Settings, output: Path) -> bool:
     """Train the model on both sides, compare and time them; the result says whether they agree."""
-    out, sizes, corpus = folder(output), sizes or Sizes(), Corpus()
+    out, sizes, corpus = folder(output), Sizes(), Corpus()
     batches = corpus.batches(sizes, settings.device)
     torch.manual_seed(SEED)
     peer, ours, report = swapped_pair(Characters(cell, len(corpus.vocabulary), sizes).to(settings.device))
@@ -89,15 +91,15 @@ def language(cell: str, steps: int, settings: Settings, output: Path, sizes: Siz
     }  # fmt: skip
     with switches(settings):
         record["provenance"] = provenance(settings.device)
-        equality = compare_models(peer, ours, Call((batches[0, :, :-1],)), settings.implementation)
+        equality = compare_models(peer, ours, Call((batches[0, :, :-1],)))
         describe(equality)
         record["equality"] = equality.record()
         reasons = equality.reasons()
         if equality.passed:  # no training and no speed on a mismatch
             losses, times = train(peer, ours, batches, steps, sizes, settings)
-            judged = verdict(losses["fastseq"], losses["torch"], losses[NUDGED])
+            judged = verdict(losses["fastseq"], losses["torch"], losses[NUDGED], settings.rounding)
             reasons += judged.reasons
-            written = sample(ours, corpus, settings.implementation)
+            written = sample(ours, corpus)
             _show(losses, judged, times, written)
             title = f"{cell.upper()} character model, {settings}"
             plot.save_plot(plot.loss_figure(losses, judged.tolerance, times, title), out / "loss.png")
@@ -115,9 +117,9 @@ def train(
 ) -> tuple[dict[str, list[float]], Race]:
     """Train both models, and torch's once more under nudges, in turns; return losses and times."""
     runs = {
-        "torch": Training(peer, batches, sizes, "auto"),
-        "fastseq": Training(ours, batches, sizes, settings.implementation),
-        NUDGED: Training(copy.deepcopy(peer), batches, sizes, "auto"),
+        "torch": Training(peer, batches, sizes),
+        "fastseq": Training(ours, batches, sizes),
+        NUDGED: Training(copy.deepcopy(peer), batches, sizes),
     }
     nudged = runs[NUDGED]
     warmup = min(WARMUP, steps - 1)
@@ -126,7 +128,7 @@ def train(
         times = race(
             {name: run.step for name, run in runs.items()},
             rounds=steps - warmup, calls=1, warmup=warmup, again=False, threads=settings.threads,
-            setup={NUDGED: lambda: nudge_(nudged.model, SEED + len(nudged.losses))},
+            setup={NUDGED: lambda: nudge_(nudged.model, SEED + len(nudged.losses), settings.rounding)},
             after_round=lambda k: advance(warmup + k + 1, f"loss {runs['torch'].losses[-1].item():.3f}"),
         )  # fmt: skip
     return {name: run.curve() for name, run in runs.items()}, times

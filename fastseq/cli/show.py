@@ -62,10 +62,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 def show_race(title: str, race: Race) -> None:
     """Print the times of a race, each with its quartiles and its ratio against the peer."""
-    rows = [
-        [row.name, *milliseconds(row.ms), f"{row.ratio.median:.3f}", interval(row.ratio)]
-        for row in race.rows()
-    ]
+    rows = [[row.name, *milliseconds(row.ms), f"{row.ratio.median:.3f}", interval(row.ratio)] for row in race.rows()]
     show_table(title, ["", "ms", "quartiles", f"time / {race.peer}", "quartiles"], rows)
 
 

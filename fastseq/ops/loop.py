@@ -218,28 +218,32 @@ STEPS: dict[str, Step] = {"rnn_tanh": TanhRNN(), "rnn_relu": ReluRNN(), "lstm": 
 
 
 class _Masks:
-    """Which rows of which steps are exceptions: for each step a mask ``[B, 1]``, and whether it is worth applying.
+    """The exceptions: rows that a step resets, or that have ended. Per step, a value for each row ``[T, B, 1]``.
 
-    Only on the CPU may Python look at a mask; elsewhere every step with a mask applies it.
+    Zeros are made by AND with a mask of bits: as fast as a product, which would let NaN through.
     """
 
-    def __init__(self, reset: Tensor | None, lengths: Tensor | None, T: int) -> None:
+    def __init__(self, reset: Tensor | None, lengths: Tensor | None, T: int, wide: torch.dtype) -> None:
+        self.bits = torch.int64 if wide == torch.float64 else torch.int32
+        self.begins = self.pads = self.resets = [False] * T  # for each step, whether any row is concerned
+        self.reset_bits = self.pad_bits = None
         self.lengths = lengths
-        self.pad: Tensor | None = None  # [T, B, 1]: past the row's end
-        self.reset: Tensor | None = None  # [T, B, 1]: the step reads zeros
-        self.begins = self.pads = self.resets = [False] * T
         if lengths is not None:
             steps = torch.arange(T, device=lengths.device)[:, None, None]
-            ends = lengths[:, None]
-            self.pad = steps >= ends
-            begin = steps == ends - 1  # where the backward direction starts
-            self.begin_at, self.begins = begin.unbind(), _present(begin)
-            self.pad_at, self.pads = self.pad.unbind(), _present(self.pad)
+            pad = steps >= lengths[:, None]
+            self.begin = steps == lengths[:, None] - 1  # where the backward direction starts
+            self.pad = pad.to(wide)
+            self.pad_bits = pad.to(self.bits) - 1
+            self.begins, self.pads = _present(self.begin), _present(pad)
         if reset is not None:
-            self.reset = reset[:, :, None]
-            if self.pad is not None:
-                self.reset = self.reset & ~self.pad
-            self.reset_at, self.resets = self.reset.unbind(), _present(self.reset)
+            reset = reset[:, :, None] if lengths is None else reset[:, :, None] & ~pad
+            self.reset_bits = reset.to(self.bits) - 1
+            self.resets = _present(reset)
+
+    def zero_padding(self, values: Tensor, steps: slice) -> None:
+        """In place, in values ``[C, B, N]`` of the wide dtype."""
+        if self.pad_bits is not None and any(self.pads[steps]):
+            values.view(self.bits).bitwise_and_(self.pad_bits[steps])
 
     def last(self, states: Tensor, initial: Tensor, backwards: bool) -> Tensor:
         """From the states ``[T, B, N]`` of every step, with lengths: each row's final one."""
@@ -250,7 +254,7 @@ class _Masks:
 
 
 def _present(mask: Tensor) -> list[bool]:
-    """For each step, whether any row is set."""
+    """For each step, whether any row is set. Only on the CPU may Python look; elsewhere every step may have one."""
     if mask.device.type != "cpu":
         return [True] * len(mask)
     return mask.flatten(1).any(1).tolist()
@@ -299,7 +303,7 @@ def sequence_forward(
     y = x.new_empty(T, B, D, P)
     cells = x.new_empty(T, B, D, H, dtype=wide) if step.has_c else None
     gates = x.new_empty(T, B, D, step.saved, H) if save else None
-    masks = _Masks(reset, lengths, T)
+    masks = _Masks(reset, lengths, T, wide)
 
     C = _chunk_size(x)
     product = x.new_empty(C, B, step.gates, H, dtype=wide)
@@ -307,10 +311,12 @@ def sequence_forward(
     h_new = x.new_empty(C, B, P, dtype=wide)
     wide_h = h_new if w_hr is None else torch.empty_like(spare)  # before the projection
     rounded = None if x.dtype == wide else x.new_empty(B, P)
-    zero = h_new.new_zeros(())
     views, products = step.views(product, spare), product.flatten(2).unbind()
     h_at, wide_h_at, c_at = h_new.unbind(), wide_h.unbind(), c_new.unbind()
     h_n, c_n = [], []
+    if masks.reset_bits is not None:
+        h_read, c_read = torch.empty_like(h_new[0]), torch.empty_like(c_new[0])
+        h_read_bits, c_read_bits = h_read.view(masks.bits), c_read.view(masks.bits)
 
     for d in range(D):
         w = w_hh[d].to(wide).t()
@@ -324,11 +330,14 @@ def sequence_forward(
             for k in order:
                 t = steps.start + k
                 if d == 1 and masks.begins[t]:
-                    h = torch.where(masks.begin_at[t], h_first, h)
-                    c = torch.where(masks.begin_at[t], c_first, c) if step.has_c else c
+                    h = torch.where(masks.begin[t], h_first, h)
+                    c = torch.where(masks.begin[t], c_first, c) if step.has_c else c
                 if masks.resets[t]:
-                    h = torch.where(masks.reset_at[t], zero, h)
-                    c = torch.where(masks.reset_at[t], zero, c) if step.has_c else c
+                    torch.bitwise_and(h.view(masks.bits), masks.reset_bits[t], out=h_read_bits)
+                    h = h_read
+                    if step.has_c:
+                        torch.bitwise_and(c.view(masks.bits), masks.reset_bits[t], out=c_read_bits)
+                        c = c_read
                 torch.addmm(inputs[k][0], h, w, out=products[k])
                 step.forward(views[k], inputs[k], h, c, wide_h_at[k], c_at[k])
                 h, c = h_at[k], c_at[k]
@@ -336,11 +345,10 @@ def sequence_forward(
                     torch.mm(wide_h_at[k], w_out, out=h)
                 if rounded is not None:
                     h.copy_(rounded.copy_(h))
-            if masks.pad is not None:
-                h_new[:n].masked_fill_(masks.pad[steps], 0)
-                c_new[:n].masked_fill_(masks.pad[steps], 0)
+            masks.zero_padding(h_new[:n], steps)
             y[steps, :, d].copy_(h_new[:n])
             if cells is not None:
+                masks.zero_padding(c_new[:n], steps)
                 cells[steps, :, d].copy_(c_new[:n])
             if gates is not None:
                 step.save(product[:n], spare[:n], h_new[:n], gates[steps, :, d])
@@ -379,14 +387,14 @@ def sequence_backward(
     dh_gates = dy.new_empty(T, B, D, GH)
     dx = torch.empty_like(dh_gates) if step.splits else dh_gates
     dproj = None if w_hr is None else torch.empty_like(dy)
-    masks = _Masks(reset, lengths, T)
+    masks = _Masks(reset, lengths, T, wide)
 
     C = _chunk_size(dh_gates)
     factors = dy.new_empty(C, B, step.gates, H, dtype=wide)
-    through, keep = (dy.new_empty(C, B, H, dtype=wide) for _ in range(2))
+    extra = H if step.has_c or step.keeps_h else 0
+    through, keep = (dy.new_empty(C, B, extra, dtype=wide) for _ in range(2))
     dh = dy.new_empty(C, B, P, dtype=wide)  # of the h that y holds
-    dh_wide = dh if w_hr is None else torch.empty_like(keep)  # of h before the projection
-    zero = dh.new_zeros(())
+    dh_wide = dh if w_hr is None else dy.new_empty(C, B, H, dtype=wide)  # of h before the projection
     views, dgates_at = step.backward_views(factors, through, keep), factors.flatten(2).unbind()
     dh_at, dh_wide_at, dh_rows = dh.unbind(), dh_wide.unbind(), dh_wide.unsqueeze(2).unbind()
     keep_at: Sequence[Tensor] = keep.unbind() if step.keeps_h else ()
@@ -396,12 +404,13 @@ def sequence_backward(
         w = w_hh[d].to(wide)
         w_out = None if w_hr is None else w_hr[d].to(wide)
         carry = dh_n[d].to(wide, copy=True)
+        carry_bits = carry.view(masks.bits)
         dc = carry[:, :0] if dc_n is None else dc_n[d].to(wide, copy=True)
         dc_rows = dc.unsqueeze(1)
         for steps, order in _chunks(C, T, descending=d == 0):
             n = len(order)
-            dy_chunk = dy[steps, :, d].to(wide)
-            dcells_chunk = None if dcells is None else dcells[steps, :, d].to(wide)
+            dy_chunk = dy[steps, :, d].to(wide, copy=any(masks.pads[steps]))
+            dcells_chunk = None if dcells is None else dcells[steps, :, d].to(wide, copy=any(masks.pads[steps]))
             c = () if c_prev is None or cells is None else (c_prev[steps, :, d], cells[steps, :, d])
             step.derive(
                 factors[:n],
@@ -411,15 +420,16 @@ def sequence_backward(
                 h_prev[steps, :, d].to(wide),
                 c,
             )
-            if masks.reset is not None:
-                keep[:n].masked_fill_(masks.reset[steps], 0)
-            if masks.pad is not None:
-                pad = masks.pad[steps]
-                factors[:n].masked_fill_(pad[..., None], 0)
-                through[:n].masked_fill_(pad, 0)
-                keep[:n].masked_fill_(pad, 1)
-                dy_chunk = dy_chunk.masked_fill(pad, 0)
-                dcells_chunk = None if dcells_chunk is None else dcells_chunk.masked_fill(pad, 0)
+            if masks.reset_bits is not None and any(masks.resets[steps]):
+                keep[:n].view(masks.bits).bitwise_and_(masks.reset_bits[steps])
+            masks.zero_padding(factors[:n].flatten(2), steps)
+            masks.zero_padding(dy_chunk, steps)
+            if dcells_chunk is not None:
+                masks.zero_padding(dcells_chunk, steps)
+            if extra and any(masks.pads[steps]):
+                masks.zero_padding(through[:n], steps)
+                masks.zero_padding(keep[:n], steps)
+                keep[:n].add_(masks.pad[steps])
             dy_at = dy_chunk.unbind()
             dcells_at = None if dcells_chunk is None else dcells_chunk.unbind()
             for k in order:
@@ -432,17 +442,16 @@ def sequence_backward(
                 step.backward(views[k], dh_rows[k], dc_rows)
                 torch.mm(dgates_at[k], w, out=carry)
                 if masks.resets[t]:
-                    torch.where(masks.reset_at[t], zero, carry, out=carry)
+                    carry_bits.bitwise_and_(masks.reset_bits[t])
                 if step.keeps_h:
                     carry.addcmul_(dh_at[k], keep_at[k])
                 elif masks.pads[t]:
-                    torch.where(masks.pad_at[t], dh_at[k], carry, out=carry)
+                    carry.addcmul_(dh_at[k], masks.pad[t])
             dh_gates[steps, :, d].copy_(factors[:n].flatten(2))
             if step.splits:
                 step.input_gradient(factors[:n], through[:n], dh[:n], dx[steps, :, d].unflatten(2, (step.gates, H)))
             if dproj is not None:
-                if masks.pad is not None:
-                    dh[:n].masked_fill_(masks.pad[steps], 0)
+                masks.zero_padding(dh[:n], steps)
                 dproj[steps, :, d].copy_(dh[:n])
         dh0.append(carry.to(dy.dtype))
         dc0.append(dc.to(dy.dtype))

@@ -8,22 +8,17 @@ Tiles are transposed, ``[BLOCK_H, BLOCK_B]``: the weight is the left operand of 
 registers, and the batch is on the side that the matrix units pad least.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..jit import cast_tiles, keep_tiles, load_tiles, select_tiles, store_tiles
-
-
-@triton.jit
-def time_of(s, T, d):
-    """The time that direction d reads at its s-th step: s, or T-1-s in the backward direction."""
-    return s + d * (T - 1 - 2 * s)
-
-
-@triton.jit
-def row_of(t, start, d, B, D: tl.constexpr):
-    """The row of ``[T, B, D, ...]`` at which a program's tile begins; 64 bits, for T*B*D*width may be large."""
-    return (B.to(tl.int64) * t + start) * D + d
+from ..jit import OPTIONS, cast_tiles, dot, keep_tiles, load_tiles, row_of, select_tiles, store_tiles, time_of
+from .plan import Plan, limits, plan, precision
+from .plan import unsupported as unsupported
+from .pointwise import step_gates as step_gates
+from .pointwise import stepwise_backward, stepwise_forward
+from .steps import STEPS
 
 
 @triton.jit
@@ -31,7 +26,7 @@ def recurrent_gates(w, bias, state, dtype: tl.constexpr, PRECISION: tl.constexpr
     gates = ()
     operand = state.to(dtype)
     for g in tl.static_range(len(w)):
-        gate = tl.dot(w[g], operand, input_precision=PRECISION)
+        gate = dot(w[g], operand, tl.zeros_like(state), PRECISION)
         if len(bias) > 0:
             gate += bias[g]
         gates = gates + (gate,)
@@ -103,11 +98,12 @@ def sequence_forward_kernel(
 
         gates, new = STEP(cast_tiles(x, tl.float32), recurrent_gates(w, bias, read[0], DTYPE, PRECISION), read)
 
-        state = new
         if lengths_ptr is not None:
             alive = t < length
             state = select_tiles(alive, new, state)
             new = keep_tiles(alive, new)
+        else:
+            state = new
         tl.store(y_ptr + row * H + b * (D * H) + h, new[0].to(y_ptr.dtype.element_ty), mask=mask)
         if cells_ptr is not None:
             tl.store(cells_ptr + row * H + b * (D * H) + h, new[1], mask=mask)
@@ -215,7 +211,7 @@ def sequence_backward_kernel(
 
         through = dbefore[0]
         for g in tl.static_range(G):
-            through = tl.dot(w[g], dh[g].to(DTYPE), through, input_precision=PRECISION)
+            through = dot(w[g], dh[g].to(DTYPE), through, PRECISION)
         dbefore = (through,) + dbefore[1:]
         if reset_ptr is not None:
             reset = tl.load(reset_ptr + B.to(tl.int64) * t + start + b, mask=mask_b, other=0)
@@ -230,3 +226,94 @@ def sequence_backward_kernel(
     tl.store(dh0_ptr + initial + b * H + h, dstate[0].to(dh0_ptr.dtype.element_ty), mask=mask)
     if dc0_ptr is not None:
         tl.store(dc0_ptr + initial + b * H + h, dstate[1].to(dc0_ptr.dtype.element_ty), mask=mask)
+
+
+def sequence_forward(
+    cell: str,
+    x: Tensor,  # [T, B, D, G*H]  input gates
+    w_hh: Tensor,  # [D, G*H, P]
+    b_hh: Tensor | None,  # [D, G*H]
+    w_hr: Tensor | None,  # [D, P, H]
+    h0: Tensor,  # [D, B, P]
+    c0: Tensor | None,  # [D, B, H]
+    reset: Tensor | None,  # [T, B]
+    lengths: Tensor | None,  # [B]
+    *,
+    save: bool,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Run a layer over a sequence; every tensor contiguous, every ``[T, B, D, ...]`` in the order of time.
+
+    Returns y ``[T, B, D, P]``, h_n ``[D, B, P]``, c_n ``[D, B, H]`` and cells ``[T, B, D, H]`` (None without c)
+    and, with ``save``, the gates ``[T, B, D, S, H]`` that ``sequence_backward`` reads.
+    """
+    step, how = STEPS[cell], plan_for(cell, x, w_hh, w_hr, allow_tf32)
+    if how.regime == "stepwise":
+        return stepwise_forward(cell, x, w_hh, b_hh, w_hr, h0, c0, reset, lengths, save)
+    T, B, D, _ = x.shape
+    H = w_hh.shape[2]
+    y = x.new_empty(T, B, D, H)
+    h_n = torch.empty_like(h0)
+    c_n = None if c0 is None else torch.empty_like(c0)
+    cells = None if c0 is None else x.new_empty(T, B, D, H, dtype=torch.float32)
+    gates = x.new_empty(T, B, D, step.saved, H) if save else None
+    sequence_forward_kernel[triton.cdiv(B, how.block_b), D](
+        x_ptr=x, w_ptr=w_hh, bias_ptr=b_hh, h0_ptr=h0, c0_ptr=c0, reset_ptr=reset, lengths_ptr=lengths,
+        y_ptr=y, h_n_ptr=h_n, c_n_ptr=c_n, cells_ptr=cells, gates_ptr=gates, T=T, B=B,
+        D=D, G=step.gates, S=step.saved, H=H, STEP=step.forward, BLOCK_B=how.block_b, BLOCK_H=how.block_h,
+        PRECISION=precision(x.dtype, allow_tf32, limits(x.device)),
+        num_warps=how.num_warps, num_stages=1, **OPTIONS,
+    )  # fmt: skip
+    return y, h_n, c_n, cells, gates
+
+
+def sequence_backward(
+    cell: str,
+    dy: Tensor,  # [T, B, D, P]
+    dh_n: Tensor,  # [D, B, P]
+    dc_n: Tensor | None,  # [D, B, H]
+    dcells: Tensor | None,  # [T, B, D, H]
+    gates: Tensor,  # [T, B, D, S, H]
+    cells: Tensor | None,  # [T, B, D, H]
+    h_prev: Tensor,  # [T, B, D, P]
+    c_prev: Tensor | None,  # [T, B, D, H]
+    w_hh: Tensor,  # [D, G*H, P]
+    w_hr: Tensor | None,  # [D, P, H]
+    reset: Tensor | None,  # [T, B]
+    lengths: Tensor | None,  # [B]
+    *,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """The gradients that need the loop over time; those of the weights are products of what this returns.
+
+    h_prev and c_prev are the states each step read. Returns the gradients of the input gates and of the
+    recurrent gates ``[T, B, D, G*H]`` (one tensor unless the cell splits them), of the projection's product
+    ``[T, B, D, P]`` or None, of h0 and of c0.
+    """
+    step, how = STEPS[cell], plan_for(cell, dy, w_hh, w_hr, allow_tf32)
+    if how.regime == "stepwise":
+        return stepwise_backward(
+            cell, dy, dh_n, dc_n, dcells, gates, cells, h_prev, c_prev, w_hh, w_hr, reset, lengths
+        )  # fmt: skip
+    T, B, D, H = dy.shape
+    dx = dy.new_empty(T, B, D, step.gates * H)
+    dh = torch.empty_like(dx) if step.splits else None
+    dh0 = torch.empty_like(dh_n)
+    dc0 = None if dc_n is None else torch.empty_like(dc_n)
+    sequence_backward_kernel[triton.cdiv(B, how.block_b), D](
+        dy_ptr=dy, dh_n_ptr=dh_n, dc_n_ptr=dc_n, dcells_ptr=dcells, gates_ptr=gates, cells_ptr=cells,
+        h_prev_ptr=h_prev if step.reads_h else None, c_prev_ptr=c_prev, w_ptr=w_hh, reset_ptr=reset,
+        lengths_ptr=lengths, dx_ptr=dx, dh_ptr=dh, dh0_ptr=dh0, dc0_ptr=dc0, T=T, B=B,
+        D=D, G=step.gates, S=step.saved, H=H, STEP=step.backward, BLOCK_B=how.block_b, BLOCK_H=how.block_h,
+        PRECISION=precision(dy.dtype, allow_tf32, limits(dy.device)),
+        num_warps=how.num_warps, num_stages=1, **OPTIONS,
+    )  # fmt: skip
+    return dx, dx if dh is None else dh, None, dh0, dc0
+
+
+def plan_for(cell: str, x: Tensor, w_hh: Tensor, w_hr: Tensor | None, allow_tf32: bool) -> Plan:
+    """The plan of a call."""
+    P = w_hh.shape[2]
+    H = P if w_hr is None else w_hr.shape[2]
+    device = limits(x.device)
+    return plan(cell, H, P, x.dtype, precision(x.dtype, allow_tf32, device), device)

@@ -1,0 +1,261 @@
+"""One step of a cell in one launch: both matrix products and the gate arithmetic.
+
+Forward: a program computes a tile of hidden units for a tile of the batch; it walks over the input and over the
+hidden state, with an accumulator for every gate. Backward: a program computes a tile of the columns of
+``[dx | dh]``; it walks over the hidden units and computes their gates' gradients anew from what forward saved,
+which is cheaper than a second launch. Tiles are transposed, ``[units, batch]``, as in ``sequence.py``.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..jit import OPTIONS, cast_tiles, dot, load_tiles, store_tiles
+from .plan import limits, precision
+from .plan import unsupported as unsupported
+from .steps import STEPS
+
+
+@triton.jit
+def add_products(
+    gates, operand_ptr, w_ptr, h, b, mask_b,
+    G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``gates[g] + w[g] @ operand^T`` for w ``[G, H, K]`` and an operand ``[B, K]``."""
+    k = tl.arange(0, BLOCK_K)
+    for k_start in range(0, K, BLOCK_K):
+        column, row = (k_start + k)[None, :], (k_start + k)[:, None]
+        operand = tl.load(operand_ptr + b * K + row, mask=mask_b & (row < K), other=0.0)
+        w = load_tiles(w_ptr, h * K + column, (h < H) & (column < K), G, H * K)
+        total = ()
+        for g in tl.static_range(G):
+            total = total + (dot(w[g], operand, gates[g], PRECISION),)
+        gates = total
+    return gates
+
+
+@triton.jit
+def start_gates(bias_ptr, h, zeros, G: tl.constexpr, H: tl.constexpr):
+    """Accumulators that begin at the bias, or at zero without one."""
+    gates = ()
+    for g in tl.static_range(G):
+        gate = zeros
+        if bias_ptr is not None:
+            gate += tl.load(bias_ptr + g * H + h, mask=h < H, other=0.0).to(tl.float32)
+        gates = gates + (gate,)
+    return gates
+
+
+@triton.jit(do_not_specialize=["B"])
+def cell_forward_kernel(
+    x_ptr,  # [B, I]         input
+    h_ptr,  # [B, H]
+    c_ptr,  # [B, H]         or None: a cell without c
+    w_ih_ptr,  # [G, H, I]
+    w_hh_ptr,  # [G, H, H]
+    b_ih_ptr,  # [G, H]      or None
+    b_hh_ptr,  # [G, H]      or None
+    h_new_ptr,  # [B, H]
+    c_new_ptr,  # [B, H]     or None, with c
+    gates_ptr,  # [B, S, H]  what backward needs, or None
+    B,
+    I: tl.constexpr,  # noqa: E741
+    G: tl.constexpr,
+    S: tl.constexpr,
+    H: tl.constexpr,
+    STEP: tl.constexpr,
+    SPLITS: tl.constexpr,  # the step needs input gates and recurrent gates apart
+    READS_H: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * BLOCK_B
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+    b = tl.arange(0, BLOCK_B)[None, :]
+    mask_b = start + b < B
+    mask = (h < H) & mask_b
+    in_state = start * H + b * H + h
+    zeros = tl.zeros([BLOCK_H, BLOCK_B], tl.float32)
+
+    x = start_gates(b_ih_ptr, h, zeros, G, H)
+    x = add_products(x, x_ptr + start * I, w_ih_ptr, h, b, mask_b, G, H, I, BLOCK_K, PRECISION)
+    recurrent = start_gates(b_hh_ptr, h, zeros, G, H)
+    if not SPLITS:  # one set of accumulators holds the sum
+        total = ()
+        for g in tl.static_range(G):
+            total = total + (x[g] + recurrent[g],)
+        recurrent = total
+        x = start_gates(None, h, zeros, G, H)
+    recurrent = add_products(
+        recurrent, h_ptr + start * H, w_hh_ptr, h, b, mask_b, G, H, H, BLOCK_K, PRECISION
+    )  # fmt: skip
+
+    state = (zeros,)
+    if READS_H:
+        state = (tl.load(h_ptr + in_state, mask=mask, other=0.0).to(tl.float32),)
+    if c_ptr is not None:
+        state = state + (tl.load(c_ptr + in_state, mask=mask, other=0.0).to(tl.float32),)
+    saved, state = STEP(x, recurrent, state)
+
+    tl.store(h_new_ptr + in_state, state[0].to(h_new_ptr.dtype.element_ty), mask=mask)
+    if c_new_ptr is not None:
+        tl.store(c_new_ptr + in_state, state[1].to(c_new_ptr.dtype.element_ty), mask=mask)
+    if gates_ptr is not None:
+        store_tiles(gates_ptr + start * (S * H), b * (S * H) + h, saved, mask, H)
+
+
+@triton.jit
+def gate_gradients(
+    dh_new_ptr, dc_new_ptr, gates_ptr, h_ptr, c_ptr, c_new_ptr, start, b, h, mask,
+    S: tl.constexpr, H: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """The step's backward at the hidden units h."""
+    in_state = start * H + b * H + h
+    dafter = (tl.load(dh_new_ptr + in_state, mask=mask, other=0.0).to(tl.float32),)
+    kept = ()
+    if h_ptr is not None:
+        kept = kept + (tl.load(h_ptr + in_state, mask=mask, other=0.0).to(tl.float32),)
+    if c_ptr is not None:
+        dafter = dafter + (tl.load(dc_new_ptr + in_state, mask=mask, other=0.0).to(tl.float32),)
+        kept = kept + (tl.load(c_ptr + in_state, mask=mask, other=0.0).to(tl.float32),)
+        kept = kept + (tl.load(c_new_ptr + in_state, mask=mask, other=0.0).to(tl.float32),)
+    saved = cast_tiles(load_tiles(gates_ptr + start * (S * H), b * (S * H) + h, mask, S, H), tl.float32)
+    return STEP(saved, kept, dafter)
+
+
+@triton.jit(do_not_specialize=["B"])
+def cell_backward_kernel(
+    dh_new_ptr,  # [B, H]
+    dc_new_ptr,  # [B, H]    or None: a cell without c
+    gates_ptr,  # [B, S, H]  what forward saved
+    h_ptr,  # [B, H]         or None: the step does not read it
+    c_ptr,  # [B, H]         or None, with dc_new
+    c_new_ptr,  # [B, H]     or None, with dc_new
+    w_ih_ptr,  # [G, H, I]
+    w_hh_ptr,  # [G, H, H]
+    dx_gates_ptr,  # [B, G, H]  gradient of the input gates
+    dh_gates_ptr,  # [B, G, H]  gradient of the recurrent gates, or None: the same
+    dx_ptr,  # [B, I]
+    dh_ptr,  # [B, H]
+    dc_ptr,  # [B, H]        or None, with dc_new
+    B,
+    I: tl.constexpr,  # noqa: E741
+    G: tl.constexpr,
+    S: tl.constexpr,
+    H: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * BLOCK_B
+    tile = tl.program_id(1)  # first the columns of dx, then those of dh
+    tiles_x: tl.constexpr = tl.cdiv(I, BLOCK_N)
+    of_x = tile < tiles_x
+    if of_x:
+        w_ptr, out_ptr, width, first = w_ih_ptr, dx_ptr, I, tile * BLOCK_N
+    else:
+        w_ptr, out_ptr, width, first = w_hh_ptr, dh_ptr, H, (tile - tiles_x) * BLOCK_N
+    n = first + tl.arange(0, BLOCK_N)[:, None]
+    b = tl.arange(0, BLOCK_B)[None, :]
+    mask_b = start + b < B
+    DTYPE: tl.constexpr = w_ih_ptr.dtype.element_ty
+
+    acc = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+    for k_start in range(0, H, BLOCK_K):
+        h = k_start + tl.arange(0, BLOCK_K)[:, None]
+        k = k_start + tl.arange(0, BLOCK_K)[None, :]
+        mask = (h < H) & mask_b
+        dx, dh, dbefore = gate_gradients(
+            dh_new_ptr, dc_new_ptr, gates_ptr, h_ptr, c_ptr, c_new_ptr, start, b, h, mask, S, H, STEP
+        )  # fmt: skip
+        if tile == 0:
+            store_tiles(dx_gates_ptr + start * (G * H), b * (G * H) + h, dx, mask, H)
+            if dh_gates_ptr is not None:
+                store_tiles(dh_gates_ptr + start * (G * H), b * (G * H) + h, dh, mask, H)
+            if dc_ptr is not None:
+                tl.store(dc_ptr + start * H + b * H + h, dbefore[1].to(dc_ptr.dtype.element_ty), mask=mask)
+        for g in tl.static_range(G):
+            dgate = dh[g]
+            if dh_gates_ptr is not None:
+                dgate = tl.where(of_x, dx[g], dgate)
+            w = tl.load(w_ptr + (g * H + k) * width + n, mask=(n < width) & (k < H), other=0.0)
+            acc = dot(w, dgate.to(DTYPE), acc, PRECISION)
+    if h_ptr is not None:  # the step reads h outside the product, too
+        dx, dh, dbefore = gate_gradients(
+            dh_new_ptr, dc_new_ptr, gates_ptr, h_ptr, c_ptr, c_new_ptr, start, b, n, (n < H) & mask_b, S, H, STEP
+        )  # fmt: skip
+        acc += tl.where(of_x, 0.0, dbefore[0])
+    out = out_ptr + start * width + b * width + n
+    tl.store(out, acc.to(dx_ptr.dtype.element_ty), mask=(n < width) & mask_b)
+
+
+FORWARD_TILE = {"BLOCK_B": 32, "BLOCK_H": 32, "BLOCK_K": 64}
+BACKWARD_TILE = {"BLOCK_B": 32, "BLOCK_N": 64, "BLOCK_K": 32}
+
+
+def cell_forward(
+    cell: str,
+    x: Tensor,  # [B, I]
+    h: Tensor,  # [B, H]
+    c: Tensor | None,  # [B, H]
+    w_ih: Tensor,  # [G*H, I]
+    w_hh: Tensor,  # [G*H, H]
+    b_ih: Tensor | None,  # [G*H]
+    b_hh: Tensor | None,  # [G*H]
+    *,
+    save: bool,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """One step; every tensor contiguous. Returns h, c (None without one) and, with ``save``, gates ``[B, S, H]``."""
+    step = STEPS[cell]
+    (B, I), H = x.shape, h.shape[1]  # noqa: E741
+    h_new = torch.empty_like(h)
+    c_new = None if c is None else torch.empty_like(c)
+    gates = h.new_empty(B, step.saved, H) if save else None
+    cell_forward_kernel[triton.cdiv(B, FORWARD_TILE["BLOCK_B"]), triton.cdiv(H, FORWARD_TILE["BLOCK_H"])](
+        x_ptr=x, h_ptr=h, c_ptr=c, w_ih_ptr=w_ih, w_hh_ptr=w_hh, b_ih_ptr=b_ih, b_hh_ptr=b_hh,
+        h_new_ptr=h_new, c_new_ptr=c_new, gates_ptr=gates, B=B,
+        I=I, G=step.gates, S=step.saved, H=H, STEP=step.forward, SPLITS=step.splits, READS_H=step.reads_h,
+        PRECISION=precision(x.dtype, allow_tf32, limits(x.device)), **FORWARD_TILE,
+        num_warps=4, num_stages=2, **OPTIONS,
+    )  # fmt: skip
+    return h_new, c_new, gates
+
+
+def cell_backward(
+    cell: str,
+    dh_new: Tensor,  # [B, H]
+    dc_new: Tensor | None,  # [B, H]
+    gates: Tensor,  # [B, S, H]
+    h: Tensor,  # [B, H]
+    c: Tensor | None,  # [B, H]
+    c_new: Tensor | None,  # [B, H]
+    w_ih: Tensor,  # [G*H, I]
+    w_hh: Tensor,  # [G*H, H]
+    *,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of the input gates and the recurrent gates (one tensor unless the cell splits them), x, h and c."""
+    step = STEPS[cell]
+    (B, H), I = h.shape, w_ih.shape[1]  # noqa: E741
+    dx_gates = h.new_empty(B, step.gates * H)
+    dh_gates = torch.empty_like(dx_gates) if step.splits else None
+    dx = h.new_empty(B, I)
+    dh = torch.empty_like(h)
+    dc = None if c is None else torch.empty_like(c)
+    columns = BACKWARD_TILE["BLOCK_N"]
+    cell_backward_kernel[
+        triton.cdiv(B, BACKWARD_TILE["BLOCK_B"]), triton.cdiv(I, columns) + triton.cdiv(H, columns)
+    ](
+        dh_new_ptr=dh_new, dc_new_ptr=dc_new, gates_ptr=gates, h_ptr=h if step.reads_h else None, c_ptr=c,
+        c_new_ptr=c_new, w_ih_ptr=w_ih, w_hh_ptr=w_hh, dx_gates_ptr=dx_gates, dh_gates_ptr=dh_gates,
+        dx_ptr=dx, dh_ptr=dh, dc_ptr=dc, B=B, I=I, G=step.gates, S=step.saved, H=H, STEP=step.backward,
+        PRECISION=precision(h.dtype, allow_tf32, limits(h.device)), **BACKWARD_TILE,
+        num_warps=4, num_stages=2, **OPTIONS,
+    )  # fmt: skip
+    return dx_gates, dx_gates if dh_gates is None else dh_gates, dx, dh, dc
