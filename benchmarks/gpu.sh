@@ -9,7 +9,7 @@
 # limit, so a hang or a slow compiler costs its part only.
 #   --commit   what to record where the checkout came without its .git
 #   --device   cpu runs every line of this script and of gpu.py without a GPU: `--device cpu --smoke`, a minute
-#   --smoke    tiny sizes; what the tests say is shown but stops nothing, since no kernel is timed
+#   --smoke    tiny sizes, nothing is installed; failing tests are shown but stop nothing: no kernel is timed
 set -uo pipefail
 
 usage() { sed -n '3,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -31,7 +31,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$out" && out=$(cd "$out" && pwd) && cd "$root" || exit 2
 python=${PYTHON:-python3}
 left() { echo $((seconds - SECONDS)); }
-# within SHARE RESERVE COMMAND...: run it for at most SHARE seconds, and never into the RESERVE kept for what follows.
+# within SHARE RESERVE COMMAND...: run it for at most SHARE seconds, and never into the RESERVE kept for later.
 within() {
   local limit=$1 rest=$(($(left) - $2)); shift 2
   [ "$limit" -le "$rest" ] || limit=$rest
@@ -43,11 +43,11 @@ exec > >(tee "$out/log.txt") 2>&1
 tee_pid=$!
 
 say "install, without dependencies"
-if within 60 $((seconds * 2 / 3)) "$python" -m pip install -q --no-deps --no-build-isolation -e . 2>&1 | tail -n 4 \
-    && within 30 $((seconds / 2)) "$python" -c 'import fastseq'; then
+if [ -z "$smoke" ] && within 60 $((seconds * 2 / 3)) "$python" -m pip install -q --no-deps --no-build-isolation -e . 2>&1 | tail -n 4 \
+    && within 30 $((seconds / 2)) env -C / "$python" -c 'import fastseq'; then
   echo "installed"
 else
-  echo "not installed (the reason is above): running from the source folder"
+  echo "not installed (${smoke:-the reason is above}): running from the source folder"
   export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 fi
 within 60 60 "$python" -c "
@@ -64,18 +64,26 @@ test_seconds=180 warm_seconds=90 suite_seconds=60
 say "kernel tests"
 : > "$out/tests.log"
 tests_end=$((SECONDS + test_seconds))
-for file in tests/test_kernels_*.py; do
-  [ -e "$file" ] || continue
-  name=$(basename "$file" .py)
-  echo "#file $name" >> "$out/tests.log"
+# run_tests NAME SHARE ARGUMENTS...: gpu.py reads OUT/tests.log and times no kernel that failed there.
+run_tests() {
+  local name=$1 share=$2 code; shift 2
+  echo "#file $name" > "$out/tests.part"
   # The project's own addopts name an option of pytest-benchmark, which may be absent.
-  within $((tests_end - SECONDS)) $((seconds / 4)) "$python" -m pytest "$file" -v --tb=short -p no:cacheprovider \
-    -o addopts=--strict-markers -o faulthandler_timeout=60 --junitxml="$out/junit-$name.xml" >> "$out/tests.log" 2>&1
+  within "$share" $((seconds / 4)) "$python" -m pytest "$@" -v --tb=short -p no:cacheprovider \
+    -o addopts=--strict-markers -o faulthandler_timeout=60 --junitxml="$out/junit-$name.xml" >> "$out/tests.part" 2>&1
   code=$?
-  printf '\n#code %s\n' "$code" >> "$out/tests.log"
-  echo "$name: exit code $code; $(grep -aE ' (passed|failed|error|no tests)' "$out/tests.log" | tail -n 1)"
-  grep -aE '^(FAILED|ERROR) ' "$out/tests.log" | tail -n 12
+  printf '\n#code %s\n' "$code" >> "$out/tests.part"
+  echo "$name: exit code $code; $(grep -aE '^=.* (passed|failed|errors?|no tests|deselected)' "$out/tests.part" | tail -n 1)"
+  grep -aE '^(FAILED|ERROR) ' "$out/tests.part" | tail -n 12
+  cat "$out/tests.part" >> "$out/tests.log" && rm "$out/tests.part"
+}
+shopt -s nullglob
+files=(tests/test_kernels_*.py) rest=()
+for i in "${!files[@]}"; do
+  file=${files[i]} rest+=("--ignore=${files[i]}")
+  run_tests "$(basename "$file" .py)" $(((tests_end - SECONDS) / (${#files[@]} + 1 - i))) "$file"
 done
+run_tests marked_gpu $((tests_end - SECONDS)) tests -m gpu "${rest[@]}"
 
 gpu=("$python" benchmarks/gpu.py "$out" --device "$device" $smoke ${commit:+--commit "$commit"})
 say "compile the kernels, many at a time (results are not kept, only the compiler's cache)"

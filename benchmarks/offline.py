@@ -38,9 +38,7 @@ def table(report: dict[str, Any], ptxas: dict[str, str]) -> str:
     """The report as JSON, a row per line so that a diff shows the configurations that changed."""
     header = {"regenerate": COMMAND, "triton": report["triton"], "ptxas": ptxas, "columns": COLUMNS}
     head = json.dumps(header, indent=1)[:-2]
-    lines = [
-        f"  {json.dumps(name)}: {json.dumps(row, sort_keys=True)}" for name, row in report["rows"].items()
-    ]
+    lines = [f"  {json.dumps(name)}: {json.dumps(row, sort_keys=True)}" for name, row in report["rows"].items()]
     rows = ",\n".join(sorted(lines))
     return f'{head},\n "rows": {{\n{rows}\n }}\n}}\n'
 

@@ -256,8 +256,7 @@ def sequence(
     plain = reset is None and lengths is None and not (return_cells or recompute)
     name = ""  # a compiled graph carries no choice: it is made when the graph runs
     if not torch.compiler.is_compiling():
-        extras = reset is not None, lengths is not None, return_cells or recompute
-        name = choose_sequence(cell, input, params, batch_first, *extras).name
+        name = choose_sequence(cell, input, params, batch_first, not plain).name
         if plain and name == "torch":
             settings = (has_biases, num_layers, dropout, train, bidirectional)
             return stock(cell, input, hx, params, settings, batch_first, batch_sizes)
@@ -297,26 +296,9 @@ def sequence(
     return (outputs[0], *final, *outputs[1:])
 
 
-def choose_sequence(
-    cell: str,
-    input: Tensor,
-    params: Sequence[Tensor],
-    batch_first: bool,
-    reset: bool,
-    lengths: bool,
-    opaque: bool = False,
-) -> Choice:
-    """Which implementation runs a whole sequence, all layers alike."""
-    time_first = input.transpose(0, 1) if batch_first else input
-    w_hr = (
-        params[-1]
-        if cell == "lstm"
-        and params[-1].dim() == 2
-        and params[-1] is not params[1]
-        and len(params[-1]) == params[1].shape[1]
-        else None
-    )
-    return sequence_ops.choice(cell, time_first, params[1], w_hr, opaque=opaque, reset=reset, lengths=lengths)
+def choose_sequence(cell: str, input: Tensor, params: Sequence[Tensor], batch_first: bool, beyond: bool) -> Choice:
+    """Which implementation runs a whole sequence, all layers alike; ``beyond`` if a keyword of ours is used."""
+    return sequence_ops.choice(cell, input.transpose(0, 1) if batch_first else input, params[1], beyond)
 
 
 def choose_single(cell: str, input: Tensor, w_hh: Tensor) -> Choice:

@@ -122,19 +122,15 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def triton_refusal(*tensors: Tensor | None) -> str | None:
-    """Why no Triton kernel can run on these tensors, whatever the kernel; None if one may."""
+def kernel_refusal(cell: str, *tensors: Tensor) -> str | None:
+    """Why no recurrent kernel can run on these tensors, the input first; None if one can."""
     if not _triton_installed():
         return "triton is not installed"
-    device = next(t.device for t in tensors if t is not None)
-    if device.type == "cpu":
-        import triton
+    from .kernels.recurrent.plan import unsupported
 
-        if not triton.knobs.runtime.interpret:
-            return "the tensors are on the CPU, where kernels run only under TRITON_INTERPRET=1"
-    elif device.type != "cuda":
-        return f"no kernels for device type {device.type!r}"
-    return None
+    first = tensors[0]
+    sizes = (size for tensor in tensors for size in tensor.shape)
+    return unsupported(cell, first.dtype, first.device, *sizes)  # type: ignore[no-any-return]
 
 
 def gpu(tensor: Tensor) -> bool:

@@ -1,5 +1,9 @@
 """Small jit functions that every kernel may use, and the few facts about Triton that launchers need."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
@@ -79,3 +83,40 @@ def time_of(s, T, d):
 def row_of(t, start, d, B, D: tl.constexpr):
     """The row of ``[T, B, D, ...]`` at which a program's tile begins; 64 bits, for T*B*D*width may be large."""
     return (B.to(tl.int64) * t + start) * D + d
+
+
+NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.bool: "i1",
+    torch.int64: "i64",
+}  # of element types, as Triton's signatures spell them
+
+
+def configuration(
+    name: str,
+    kernel: Any,
+    tensors: Mapping[str, torch.dtype | None],
+    constants: Mapping[str, Any],
+    num_warps: int = 4,
+    num_stages: int = 1,
+) -> dict[str, Any]:
+    """One way in which a kernel is launched, as compiling it without a device wants it.
+
+    tensors gives the element type of every pointer argument, or None where the launcher passes None; arguments
+    named in neither are the integers that vary per call.
+    """
+    missing = {a for a in kernel.arg_names if a.endswith("_ptr")} ^ tensors.keys()
+    assert not missing, f"{name}: pointers {missing} are not those of the kernel"
+    constexprs = dict(constants) | {a: None for a, dtype in tensors.items() if dtype is None}
+    pointers = {a: "*" + NAMES[dtype] for a, dtype in tensors.items() if dtype is not None}
+    signature = {a: "constexpr" if a in constexprs else pointers.get(a, "i32") for a in kernel.arg_names}
+    return {
+        "name": name,
+        "fn": kernel,
+        "signature": signature,
+        "constexprs": constexprs,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+    }

@@ -25,7 +25,7 @@ MAY_KNOW = {
     "dynamo": set(),
     "stopwatch": {"__init__"},
 }
-LAZILY = {"ops": {"kernels"}, "cli": {"__init__"}, "__init__": set()}
+LAZILY = {"ops": {"kernels"}, "implementation": {"kernels"}, "cli": {"__init__"}, "__init__": set()}
 
 
 def room_of(path: Path) -> str:

@@ -215,8 +215,8 @@ class _Sequence(_Traced, torch.nn.RNNBase):
         data = input.data if isinstance(input, PackedSequence) else input
         weights = [getattr(self, name) for name in self._flat_weights_names]
         batch_first = self.batch_first and data is input and data.dim() == 3
-        extras = reset is not None, lengths is not None, return_cells or recompute
-        return functional.choose_sequence(self.mode.lower(), data, weights, batch_first, *extras)
+        beyond = reset is not None or lengths is not None or return_cells or recompute
+        return functional.choose_sequence(self.mode.lower(), data, weights, batch_first, beyond)
 
 
 class RNN(_Sequence, torch.nn.RNN):

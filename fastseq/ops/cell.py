@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..implementation import Choice, Unsupported, choose, chosen, gpu, triton_refusal
+from ..implementation import Choice, Unsupported, choose, chosen, gpu, kernel_refusal
 from ..reference.recurrent import single
 from . import loop
 from .library import operator
@@ -27,7 +27,7 @@ def choice(cell: str, input: Tensor, w_hh: Tensor) -> Choice:
 
     return choose(
         {
-            "triton": lambda: triton_refusal(input) or _kernels().unsupported(cell, input, w_hh),
+            "triton": lambda: kernel_refusal(cell, input, w_hh),
             "torch": lambda: None,
             "reference": lambda: None,
         },
@@ -71,7 +71,7 @@ def _forward(
             cell,
             *_contiguous(input, h, c, w_ih, w_hh, b_ih, b_hh),
             save=save,
-            allow_tf32=torch.backends.cuda.matmul.allow_tf32,
+            allow_tf32=torch.backends.cuda.matmul.fp32_precision == "tf32",
         )
     else:  # a sequence of one step
         x = torch.nn.functional.linear(input, w_ih, b_ih).view(1, B, 1, -1)
@@ -114,7 +114,7 @@ def _backward(
         dx, dr, dinput, dh, dc = _kernels().cell_backward(
             cell,
             *_contiguous(dh, dc, gates, h, c, after, w_ih, w_hh),
-            allow_tf32=torch.backends.cuda.matmul.allow_tf32,
+            allow_tf32=torch.backends.cuda.matmul.fp32_precision == "tf32",
         )
     else:
         wide = torch.promote_types(input.dtype, torch.float32)

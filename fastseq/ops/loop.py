@@ -26,9 +26,9 @@ class Step:
     """One cell. ``STEPS`` lists them; the loops below know no cell by name.
 
     Forward: ``product`` ``[C, B, G, H]`` holds the pre-activations, ``spare`` ``[C, B, H]`` is the cell's own.
-    Backward: ``factors`` ``[C, B, G, H]`` is what turns the gradient that arrives at a step into the gradient of its
-    recurrent gates, ``through`` and ``keep`` ``[C, B, H]`` are two more factors a cell may want: at a padded step
-    the loop sets factors and through to 0 and keep to 1, at a reset keep to 0.
+    Backward: ``factors`` ``[C, B, G, H]`` turn the gradient that arrives at a step into the gradient of its
+    recurrent gates; ``via`` and ``keep`` ``[C, B, H]`` are two more that a cell with c, or one that keeps h, may
+    want. At a padded step the loop sets factors and via to 0 and keep to 1; at a reset, keep to 0.
     """
 
     gates: ClassVar[int]
@@ -45,7 +45,7 @@ class Step:
         """For each step of the buffers, the views that ``forward`` works on."""
         raise NotImplementedError
 
-    def forward(self, views: Views, inputs: Views, h: Tensor, c: Tensor, h_new: Tensor, c_new: Tensor) -> None:
+    def forward(self, views: Views, input: Views, h: Tensor, c: Tensor, h_new: Tensor, c_new: Tensor) -> None:
         """One step, in place: from pre-activations to the new state."""
         raise NotImplementedError
 
@@ -57,11 +57,11 @@ class Step:
         """The saved values ``[N, S, H]`` of independent steps, from input and recurrent gates ``[N, G, H]``."""
         raise NotImplementedError
 
-    def derive(self, factors: Tensor, through: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views) -> None:
+    def derive(self, factors: Tensor, via: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views) -> None:
         """Fill the factors of a chunk from gates ``[C, B, S, H]``, the h read, and (c read, c written)."""
         raise NotImplementedError
 
-    def backward_views(self, factors: Tensor, through: Tensor, keep: Tensor) -> list[Views]:
+    def backward_views(self, factors: Tensor, via: Tensor, keep: Tensor) -> list[Views]:
         """For each step of the buffers, the views that ``backward`` works on."""
         return [(f,) for f in factors.unbind()]
 
@@ -69,7 +69,7 @@ class Step:
         """One step: factors become gate gradients, in place, and dc that of the cell before. dh, dc ``[B, 1, H]``."""
         views[0].mul_(dh)
 
-    def input_gradient(self, dgates: Tensor, through: Tensor, dh: Tensor, dx: Tensor) -> None:
+    def input_gradient(self, dgates: Tensor, via: Tensor, dh: Tensor, dx: Tensor) -> None:
         """Only if ``splits``: the gradient of the input gates ``[C, B, G, H]``, from that of h ``[C, B, H]``."""
         raise NotImplementedError
 
@@ -85,30 +85,30 @@ class RNN(Step):
 
 
 class TanhRNN(RNN):
-    def forward(self, views: Views, inputs: Views, h: Tensor, c: Tensor, h_new: Tensor, c_new: Tensor) -> None:
+    def forward(self, views: Views, input: Views, h: Tensor, c: Tensor, h_new: Tensor, c_new: Tensor) -> None:
         torch.tanh(views[0], out=h_new)
 
     def activate(self, x: Tensor, h: Tensor) -> Tensor:
         return (x + h).tanh_()
 
-    def derive(self, factors: Tensor, through: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views) -> None:
+    def derive(self, factors: Tensor, via: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views) -> None:
         torch.mul(gates, gates, out=factors)
         factors.neg_().add_(1)
 
 
 class ReluRNN(RNN):
-    def forward(self, views: Views, inputs: Views, h: Tensor, c: Tensor, h_new: Tensor, c_new: Tensor) -> None:
+    def forward(self, views: Views, input: Views, h: Tensor, c: Tensor, h_new: Tensor, c_new: Tensor) -> None:
         torch.clamp_min(views[0], 0, out=h_new)
 
     def activate(self, x: Tensor, h: Tensor) -> Tensor:
         return (x + h).relu_()
 
-    def derive(self, factors: Tensor, through: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views) -> None:
+    def derive(self, factors: Tensor, via: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views) -> None:
         torch.gt(gates, 0, out=factors)
 
 
 class LSTM(Step):
-    """Saves i, f, g, o. Its keep is f, the way of the gradient from cell to cell; through: from h to c."""
+    """Saves i, f, g, o. Its keep is f, the way of the gradient from cell to cell; via: from h to c."""
 
     gates, saved, has_c = 4, 4, True
 
@@ -116,7 +116,7 @@ class LSTM(Step):
         i, f, g, o = (gate.unbind() for gate in product.unbind(2))
         return list(zip(product[:, :, :2].flatten(2).unbind(), i, f, g, o, spare.unbind(), strict=True))
 
-    def forward(self, views: Views, inputs: Views, h: Tensor, c: Tensor, h_new: Tensor, c_new: Tensor) -> None:
+    def forward(self, views: Views, input: Views, h: Tensor, c: Tensor, h_new: Tensor, c_new: Tensor) -> None:
         i_and_f, i, f, g, o, tanh_c = views
         i_and_f.sigmoid_()
         g.tanh_()
@@ -133,7 +133,7 @@ class LSTM(Step):
         gates[:, 3].sigmoid_()
         return gates
 
-    def derive(self, factors: Tensor, through: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views) -> None:
+    def derive(self, factors: Tensor, via: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views) -> None:
         before, after = c
         i, f, g, o = gates.unbind(2)
         di, df, dg, do = factors.unbind(2)
@@ -145,24 +145,24 @@ class LSTM(Step):
         torch.addcmul(i, dg, g, value=-1, out=dg)
         tanh_c = after.tanh()
         do.mul_(tanh_c)
-        torch.mul(o, tanh_c, out=through)
-        torch.addcmul(o, through, tanh_c, value=-1, out=through)
+        torch.mul(o, tanh_c, out=via)
+        torch.addcmul(o, via, tanh_c, value=-1, out=via)
         keep.copy_(f)
 
-    def backward_views(self, factors: Tensor, through: Tensor, keep: Tensor) -> list[Views]:
-        parts = factors[:, :, :3], factors[:, :, 3:], through.unsqueeze(2), keep.unsqueeze(2)
+    def backward_views(self, factors: Tensor, via: Tensor, keep: Tensor) -> list[Views]:
+        parts = factors[:, :, :3], factors[:, :, 3:], via.unsqueeze(2), keep.unsqueeze(2)
         return list(zip(*(part.unbind() for part in parts), strict=True))
 
     def backward(self, views: Views, dh: Tensor, dc: Tensor) -> None:
-        difg, do, through, keep = views
-        dc.addcmul_(dh, through)
+        difg, do, via, keep = views
+        dc.addcmul_(dh, via)
         difg.mul_(dc)
         do.mul_(dh)
         dc.mul_(keep)
 
 
 class GRU(Step):
-    """Saves r, z, n and the recurrent gate of n. Its keep is z; through: from h to the input gate of n."""
+    """Saves r, z, n and the recurrent gate of n. Its keep is z; via: from h to the input gate of n."""
 
     gates, saved, keeps_h, splits = 3, 4, True, True
 
@@ -177,9 +177,9 @@ class GRU(Step):
         r_and_z = product[:, :, :2].flatten(2).unbind()
         return list(zip(r_and_z, r, z, h_n, spare.unbind(), strict=True))
 
-    def forward(self, views: Views, inputs: Views, h: Tensor, c: Tensor, h_new: Tensor, c_new: Tensor) -> None:
+    def forward(self, views: Views, input: Views, h: Tensor, c: Tensor, h_new: Tensor, c_new: Tensor) -> None:
         r_and_z, r, z, h_n, n = views
-        _, x_rz, x_n = inputs
+        _, x_rz, x_n = input
         r_and_z.add_(x_rz).sigmoid_()
         torch.addcmul(x_n, r, h_n, out=n)
         n.tanh_()
@@ -195,23 +195,23 @@ class GRU(Step):
         n = torch.addcmul(x[:, 2:], r_and_z[:, :1], h[:, 2:]).tanh_()
         return torch.cat((r_and_z, n, h[:, 2:]), dim=1)
 
-    def derive(self, factors: Tensor, through: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views) -> None:
+    def derive(self, factors: Tensor, via: Tensor, keep: Tensor, gates: Tensor, h: Tensor, c: Views) -> None:
         r, z, n, h_n = gates.unbind(2)
         dr, dz, dn = factors.unbind(2)
         torch.sub(gates.new_ones(()), gates[:, :, :2], out=factors[:, :, :2])
-        torch.mul(n, dz, out=through)
-        torch.addcmul(dz, through, n, value=-1, out=through)  # (1 - z) (1 - n²)
-        torch.mul(through, r, out=dn)
+        torch.mul(n, dz, out=via)
+        torch.addcmul(dz, via, n, value=-1, out=via)  # (1 - z) (1 - n²)
+        torch.mul(via, r, out=dn)
         dr.mul_(dn).mul_(h_n)
         dz.mul_(z).mul_(h - n)
         keep.copy_(z)
 
-    def backward_views(self, factors: Tensor, through: Tensor, keep: Tensor) -> list[Views]:
+    def backward_views(self, factors: Tensor, via: Tensor, keep: Tensor) -> list[Views]:
         return list(zip(factors.unbind(), strict=True))
 
-    def input_gradient(self, dgates: Tensor, through: Tensor, dh: Tensor, dx: Tensor) -> None:
+    def input_gradient(self, dgates: Tensor, via: Tensor, dh: Tensor, dx: Tensor) -> None:
         dx[:, :, :2].copy_(dgates[:, :, :2])
-        dx[:, :, 2].copy_(through.mul_(dh))
+        dx[:, :, 2].copy_(via.mul_(dh))
 
 
 STEPS: dict[str, Step] = {"rnn_tanh": TanhRNN(), "rnn_relu": ReluRNN(), "lstm": LSTM(), "gru": GRU()}
@@ -226,9 +226,8 @@ class _Masks:
     def __init__(self, reset: Tensor | None, lengths: Tensor | None, T: int, wide: torch.dtype) -> None:
         self.bits = torch.int64 if wide == torch.float64 else torch.int32
         self.begins = self.pads = self.resets = [False] * T  # for each step, whether any row is concerned
-        self.reset_bits = self.pad_bits = None
-        self.lengths = lengths
         if lengths is not None:
+            self.lengths = lengths
             steps = torch.arange(T, device=lengths.device)[:, None, None]
             pad = steps >= lengths[:, None]
             self.begin = steps == lengths[:, None] - 1  # where the backward direction starts
@@ -242,12 +241,11 @@ class _Masks:
 
     def zero_padding(self, values: Tensor, steps: slice) -> None:
         """In place, in values ``[C, B, N]`` of the wide dtype."""
-        if self.pad_bits is not None and any(self.pads[steps]):
+        if any(self.pads[steps]):
             values.view(self.bits).bitwise_and_(self.pad_bits[steps])
 
     def last(self, states: Tensor, initial: Tensor, backwards: bool) -> Tensor:
         """From the states ``[T, B, N]`` of every step, with lengths: each row's final one."""
-        assert self.lengths is not None
         at = (self.lengths - 1).clamp_min_(0) * (not backwards)
         rows = torch.arange(len(at), device=at.device)
         return torch.where(self.lengths[:, None] == 0, initial, states[at, rows])
@@ -314,7 +312,7 @@ def sequence_forward(
     views, products = step.views(product, spare), product.flatten(2).unbind()
     h_at, wide_h_at, c_at = h_new.unbind(), wide_h.unbind(), c_new.unbind()
     h_n, c_n = [], []
-    if masks.reset_bits is not None:
+    if reset is not None:
         h_read, c_read = torch.empty_like(h_new[0]), torch.empty_like(c_new[0])
         h_read_bits, c_read_bits = h_read.view(masks.bits), c_read.view(masks.bits)
 
@@ -333,10 +331,11 @@ def sequence_forward(
                     h = torch.where(masks.begin[t], h_first, h)
                     c = torch.where(masks.begin[t], c_first, c) if step.has_c else c
                 if masks.resets[t]:
-                    torch.bitwise_and(h.view(masks.bits), masks.reset_bits[t], out=h_read_bits)
+                    stays = masks.reset_bits[t]
+                    torch.bitwise_and(h.view(masks.bits), stays, out=h_read_bits)
                     h = h_read
                     if step.has_c:
-                        torch.bitwise_and(c.view(masks.bits), masks.reset_bits[t], out=c_read_bits)
+                        torch.bitwise_and(c.view(masks.bits), stays, out=c_read_bits)
                         c = c_read
                 torch.addmm(inputs[k][0], h, w, out=products[k])
                 step.forward(views[k], inputs[k], h, c, wide_h_at[k], c_at[k])
@@ -392,10 +391,10 @@ def sequence_backward(
     C = _chunk_size(dh_gates)
     factors = dy.new_empty(C, B, step.gates, H, dtype=wide)
     extra = H if step.has_c or step.keeps_h else 0
-    through, keep = (dy.new_empty(C, B, extra, dtype=wide) for _ in range(2))
+    via, keep = (dy.new_empty(C, B, extra, dtype=wide) for _ in range(2))
     dh = dy.new_empty(C, B, P, dtype=wide)  # of the h that y holds
     dh_wide = dh if w_hr is None else dy.new_empty(C, B, H, dtype=wide)  # of h before the projection
-    views, dgates_at = step.backward_views(factors, through, keep), factors.flatten(2).unbind()
+    views, dgates_at = step.backward_views(factors, via, keep), factors.flatten(2).unbind()
     dh_at, dh_wide_at, dh_rows = dh.unbind(), dh_wide.unbind(), dh_wide.unsqueeze(2).unbind()
     keep_at: Sequence[Tensor] = keep.unbind() if step.keeps_h else ()
     dh0, dc0 = [], []
@@ -409,25 +408,28 @@ def sequence_backward(
         dc_rows = dc.unsqueeze(1)
         for steps, order in _chunks(C, T, descending=d == 0):
             n = len(order)
-            dy_chunk = dy[steps, :, d].to(wide, copy=any(masks.pads[steps]))
-            dcells_chunk = None if dcells is None else dcells[steps, :, d].to(wide, copy=any(masks.pads[steps]))
+            padded = any(masks.pads[steps])
+            dy_chunk = dy[steps, :, d].to(wide, copy=padded)
+            dcells_chunk = None
+            if dcells is not None:
+                dcells_chunk = dcells[steps, :, d].to(wide, copy=padded)
             c = () if c_prev is None or cells is None else (c_prev[steps, :, d], cells[steps, :, d])
             step.derive(
                 factors[:n],
-                through[:n],
+                via[:n],
                 keep[:n],
                 gates[steps, :, d].to(wide),
                 h_prev[steps, :, d].to(wide),
                 c,
             )
-            if masks.reset_bits is not None and any(masks.resets[steps]):
+            if any(masks.resets[steps]):
                 keep[:n].view(masks.bits).bitwise_and_(masks.reset_bits[steps])
             masks.zero_padding(factors[:n].flatten(2), steps)
             masks.zero_padding(dy_chunk, steps)
             if dcells_chunk is not None:
                 masks.zero_padding(dcells_chunk, steps)
-            if extra and any(masks.pads[steps]):
-                masks.zero_padding(through[:n], steps)
+            if extra and padded:
+                masks.zero_padding(via[:n], steps)
                 masks.zero_padding(keep[:n], steps)
                 keep[:n].add_(masks.pad[steps])
             dy_at = dy_chunk.unbind()
@@ -449,7 +451,9 @@ def sequence_backward(
                     carry.addcmul_(dh_at[k], masks.pad[t])
             dh_gates[steps, :, d].copy_(factors[:n].flatten(2))
             if step.splits:
-                step.input_gradient(factors[:n], through[:n], dh[:n], dx[steps, :, d].unflatten(2, (step.gates, H)))
+                step.input_gradient(
+                    factors[:n], via[:n], dh[:n], dx[steps, :, d].unflatten(2, (step.gates, H))
+                )
             if dproj is not None:
                 masks.zero_padding(dh[:n], steps)
                 dproj[steps, :, d].copy_(dh[:n])

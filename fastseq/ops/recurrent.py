@@ -9,9 +9,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.backends.cudnn.rnn as cudnn_rnn
 from torch import Tensor
 
-from ..implementation import Choice, Unsupported, choose, chosen, gpu, triton_refusal
+from ..implementation import Choice, Unsupported, choose, chosen, gpu, kernel_refusal
 from ..reference.recurrent import CELLS, layer
 from . import loop
 from .library import operator
@@ -20,20 +21,18 @@ SAVED = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 4}  # values a step sav
 CUDNN_LONGEST = 65_535  # steps; cuDNN fails beyond (pytorch/pytorch#133751)
 
 
-def choice(
-    cell: str, input: Tensor, w_hh: Tensor, w_hr: Tensor | None, *, opaque: bool, reset: bool, lengths: bool
-) -> Choice:
-    """Which implementation runs a layer; ``opaque`` when PyTorch's own operator will not do, whatever the reason.
+def choice(cell: str, input: Tensor, w_hh: Tensor, beyond: bool) -> Choice:
+    """Which implementation runs a layer, and why.
 
-    input ``[..., I]`` with the time first, w_hh ``[..., G*H, P]``.
+    input is time first, w_hh ``[..., G*H, P]``; ``beyond``: more is asked than PyTorch's own operator does.
     """
 
     def fastest() -> tuple[str, str]:
         if not gpu(input):
-            if reset or lengths:
+            if beyond:
                 return "torch", "on the CPU, a loop over time in PyTorch"
             return "torch", "on the CPU PyTorch's own operator is the fastest"
-        if reset or lengths or opaque:
+        if beyond:
             return "triton", "PyTorch's own operator cannot do this, and a loop in Python is slower than kernels"
         if input.shape[0] > CUDNN_LONGEST:
             return "triton", f"cuDNN fails beyond {CUDNN_LONGEST} steps"
@@ -41,7 +40,7 @@ def choice(
 
     return choose(
         {
-            "triton": lambda: triton_refusal(input) or _kernels().unsupported(cell, input, w_hh, w_hr),
+            "triton": lambda: kernel_refusal(cell, input, w_hh),
             "torch": lambda: None,
             "reference": lambda: None,
         },
@@ -59,17 +58,17 @@ def _engine(name: str) -> Any:
     return loop if name == "torch" else _kernels()
 
 
-def _resolve(implementation: str, cell: str, input: Tensor, w_hh: Tensor, w_hr: Any, reset: Any, lengths: Any) -> str:
+def _resolve(implementation: str, cell: str, input: Tensor, w_hh: Tensor) -> str:
     """A compiled graph carries no choice: it is made when the graph runs."""
     if implementation:
         return implementation
     if chosen() == "reference":
         raise Unsupported("reference: a compiled graph would unroll its loop over time")
-    return choice(cell, input, w_hh, w_hr, opaque=True, reset=reset is not None, lengths=lengths is not None).name
+    return choice(cell, input, w_hh, beyond=True).name
 
 
 def _tf32() -> bool:
-    return torch.backends.cudnn.allow_tf32
+    return bool(cudnn_rnn.fp32_precision == "tf32")  # type: ignore[attr-defined]  # made at import
 
 
 def _fold(cell: str, b_ih: Tensor | None, b_hh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -118,7 +117,7 @@ def _forward(
     keep: str,
     implementation: str,
 ) -> tuple[Tensor, ...]:
-    name = _resolve(implementation, cell, input, w_hh, w_hr, reset, lengths)
+    name = _resolve(implementation, cell, input, w_hh)
     empty = input.new_empty(0)
     if name == "torch" and keep == "nothing" and reset is None and lengths is None:
         y, *final = _stock(cell, input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0)
@@ -213,7 +212,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     T, B, I = input.shape  # noqa: E741  (the field's letter)
     (D, GH, _), P, H = w_ih.shape, w_hh.shape[2], w_ih.shape[1] // CELLS[cell].gates
-    engine = _engine(_resolve(implementation, cell, input, w_hh, w_hr, reset, lengths))
+    engine = _engine(_resolve(implementation, cell, input, w_hh))
     h_prev = _previous(y.view(T, B, D, P), h0, reset, lengths)
     c_prev = after = None
     if c0 is not None:

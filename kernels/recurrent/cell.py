@@ -6,15 +6,19 @@ hidden state, with an accumulator for every gate. Backward: a program computes a
 which is cheaper than a second launch. Tiles are transposed, ``[units, batch]``, as in ``sequence.py``.
 """
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..jit import OPTIONS, cast_tiles, dot, load_tiles, store_tiles
-from .plan import limits, precision
+from ..jit import NAMES, OPTIONS, cast_tiles, configuration, dot, load_tiles, store_tiles
+from .plan import DTYPES, LIMITS, Limits, limits, precision
 from .plan import unsupported as unsupported
-from .steps import STEPS
+from .steps import STEPS, Step
 
 
 @triton.jit
@@ -194,8 +198,10 @@ def cell_backward_kernel(
     tl.store(out, acc.to(dx_ptr.dtype.element_ty), mask=(n < width) & mask_b)
 
 
+# Rows of the batch, columns of the result, and how far one product reaches.
 FORWARD_TILE = {"BLOCK_B": 32, "BLOCK_H": 32, "BLOCK_K": 64}
 BACKWARD_TILE = {"BLOCK_B": 32, "BLOCK_N": 64, "BLOCK_K": 32}
+WARPS_AND_STAGES = {"num_warps": 4, "num_stages": 2}
 
 
 def cell_forward(
@@ -220,9 +226,8 @@ def cell_forward(
     cell_forward_kernel[triton.cdiv(B, FORWARD_TILE["BLOCK_B"]), triton.cdiv(H, FORWARD_TILE["BLOCK_H"])](
         x_ptr=x, h_ptr=h, c_ptr=c, w_ih_ptr=w_ih, w_hh_ptr=w_hh, b_ih_ptr=b_ih, b_hh_ptr=b_hh,
         h_new_ptr=h_new, c_new_ptr=c_new, gates_ptr=gates, B=B,
-        I=I, G=step.gates, S=step.saved, H=H, STEP=step.forward, SPLITS=step.splits, READS_H=step.reads_h,
-        PRECISION=precision(x.dtype, allow_tf32, limits(x.device)), **FORWARD_TILE,
-        num_warps=4, num_stages=2, **OPTIONS,
+        **forward_constants(step, I, H, precision(x.dtype, allow_tf32, limits(x.device))),
+        **WARPS_AND_STAGES, **OPTIONS,
     )  # fmt: skip
     return h_new, c_new, gates
 
@@ -254,8 +259,83 @@ def cell_backward(
     ](
         dh_new_ptr=dh_new, dc_new_ptr=dc_new, gates_ptr=gates, h_ptr=h if step.reads_h else None, c_ptr=c,
         c_new_ptr=c_new, w_ih_ptr=w_ih, w_hh_ptr=w_hh, dx_gates_ptr=dx_gates, dh_gates_ptr=dh_gates,
-        dx_ptr=dx, dh_ptr=dh, dc_ptr=dc, B=B, I=I, G=step.gates, S=step.saved, H=H, STEP=step.backward,
-        PRECISION=precision(h.dtype, allow_tf32, limits(h.device)), **BACKWARD_TILE,
-        num_warps=4, num_stages=2, **OPTIONS,
+        dx_ptr=dx, dh_ptr=dh, dc_ptr=dc, B=B,
+        **backward_constants(step, I, H, precision(h.dtype, allow_tf32, limits(h.device))),
+        **WARPS_AND_STAGES, **OPTIONS,
     )  # fmt: skip
     return dx_gates, dx_gates if dh_gates is None else dh_gates, dx, dh, dc
+
+
+def forward_constants(step: Step, I: int, H: int, precision: str) -> dict[str, Any]:  # noqa: E741
+    """The compile-time arguments of the forward kernel."""
+    return {
+        "I": I,
+        "G": step.gates,
+        "S": step.saved,
+        "H": H,
+        "STEP": step.forward,
+        "SPLITS": step.splits,
+        "READS_H": step.reads_h,
+        "PRECISION": precision,
+        **FORWARD_TILE,
+    }
+
+
+def backward_constants(step: Step, I: int, H: int, precision: str) -> dict[str, Any]:  # noqa: E741
+    """The compile-time arguments of the backward kernel."""
+    return {
+        "I": I,
+        "G": step.gates,
+        "S": step.saved,
+        "H": H,
+        "STEP": step.backward,
+        "PRECISION": precision,
+        **BACKWARD_TILE,
+    }
+
+
+def configurations(limits: Limits = LIMITS["sm_90"]) -> Iterator[dict[str, Any]]:
+    """The ways in which a device of these limits runs the cell kernels, at an even and at an odd size."""
+    sizes = ((256, 256), (33, 100))
+    for (cell, step), (I, H), dtype, allow_tf32 in itertools.product(  # noqa: E741
+        STEPS.items(), sizes, DTYPES, (True, False)
+    ):
+        reads = precision(dtype, allow_tf32, limits)
+        if allow_tf32 and reads == "ieee":
+            continue
+        name = f"{cell} I={I} H={H} {NAMES[dtype]} {reads}"
+        c = dtype if step.has_c else None
+        split = dtype if step.splits else None
+        forward = {
+            "x_ptr": dtype,
+            "h_ptr": dtype,
+            "c_ptr": c,
+            "w_ih_ptr": dtype,
+            "w_hh_ptr": dtype,
+            "b_ih_ptr": dtype,
+            "b_hh_ptr": dtype,
+            "h_new_ptr": dtype,
+            "c_new_ptr": c,
+            "gates_ptr": dtype,
+        }
+        plain = forward | {"b_ih_ptr": None, "b_hh_ptr": None, "gates_ptr": None}
+        backward = {
+            "dh_new_ptr": dtype,
+            "dc_new_ptr": c,
+            "gates_ptr": dtype,
+            "h_ptr": dtype if step.reads_h else None,
+            "c_ptr": c,
+            "c_new_ptr": c,
+            "w_ih_ptr": dtype,
+            "w_hh_ptr": dtype,
+            "dx_gates_ptr": dtype,
+            "dh_gates_ptr": split,
+            "dx_ptr": dtype,
+            "dh_ptr": dtype,
+            "dc_ptr": c,
+        }
+        constants = forward_constants(step, I, H, reads)
+        yield configuration(f"cell forward {name}", cell_forward_kernel, forward, constants, **WARPS_AND_STAGES)
+        yield configuration(f"cell forward {name} plain", cell_forward_kernel, plain, constants, **WARPS_AND_STAGES)
+        constants = backward_constants(step, I, H, reads)
+        yield configuration(f"cell backward {name}", cell_backward_kernel, backward, constants, **WARPS_AND_STAGES)

@@ -27,9 +27,12 @@ class Limits(NamedTuple):
     shared: int
 
 
-HOPPER = Limits("cuda", 232_448)
-AMPERE = Limits("cuda", 166_912)
-CDNA3 = Limits("hip", 65_536)
+LIMITS = {
+    "sm_80": Limits("cuda", 166_912),
+    "sm_90": Limits("cuda", 232_448),
+    "sm_100": Limits("cuda", 232_448),
+    "gfx942": Limits("hip", 65_536),
+}
 
 
 class Plan(NamedTuple):
@@ -37,14 +40,15 @@ class Plan(NamedTuple):
     why: str
     block_b: int = 0
     block_h: int = 0
-    num_warps: int = 4
+    num_warps: int = 0
+    precision: str = "ieee"  # how a product reads fp32 operands
 
 
 @functools.cache
 def limits(device: torch.device) -> Limits:
     """The limits of a device; under the interpreter, which has none, those of a Hopper GPU."""
     if device.type == "cpu":
-        return HOPPER
+        return LIMITS["sm_90"]
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return Limits("hip", properties.shared_memory_per_block)
@@ -74,7 +78,7 @@ def resident_bytes(cell: str, block_h: int, dtype: torch.dtype, limits: Limits) 
 
 
 @functools.cache
-def plan(cell: str, H: int, P: int, dtype: torch.dtype, precision: str, limits: Limits) -> Plan:
+def plan(cell: str, H: int, P: int, dtype: torch.dtype, allow_tf32: bool, limits: Limits) -> Plan:
     """The regime, and for the resident one its tiles, for a layer of hidden size H and output width P.
 
     The rules are figures read off the compiled kernels, every resident size for every target: inside them no
@@ -90,7 +94,8 @@ def plan(cell: str, H: int, P: int, dtype: torch.dtype, precision: str, limits: 
     if limits.backend == "hip" and STEPS[cell].gates * block_h * block_h * dtype.itemsize > 196_608:
         return Plan("stepwise", f"{size} has a recurrent weight that spills from this device's registers")
     # Without TF32 these products run as long chains of scalar multiplications, unrolled.
-    scalar = dtype == torch.float32 and precision == "ieee" and limits.backend == "cuda"
+    reads = precision(dtype, allow_tf32, limits)
+    scalar = dtype == torch.float32 and reads == "ieee" and limits.backend == "cuda"
     if scalar and block_h > 64:
         return Plan("stepwise", f"{size} without TF32 is too much for one program")
     if block_h > 128:
@@ -99,7 +104,8 @@ def plan(cell: str, H: int, P: int, dtype: torch.dtype, precision: str, limits: 
         num_warps = 8
     else:
         num_warps = 4
-    return Plan("resident", f"the weight of {size} stays in one program", block_b(limits), block_h, num_warps)
+    why = f"the weight of {size} stays in one program"
+    return Plan("resident", why, block_b(limits), block_h, num_warps, reads)
 
 
 def unsupported(cell: str, dtype: torch.dtype, device: torch.device, *sizes: int) -> str | None:

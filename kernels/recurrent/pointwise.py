@@ -6,13 +6,18 @@ so a CUDA graph can hold it. What passes from a step to the next stays in small 
 ready for the next product: a row that the next step resets is already zero.
 """
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..jit import OPTIONS, cast_tiles, keep_tiles, load_tiles, row_of, store_tiles, time_of
-from .steps import STEPS
+from ..jit import NAMES, OPTIONS, cast_tiles, configuration, keep_tiles, load_tiles, row_of, store_tiles, time_of
+from .plan import DTYPES
+from .steps import STEPS, Step
 
 ELEMENTS = 512  # of a program's tile
 
@@ -266,6 +271,26 @@ def grid(B: int, D: int, width: int) -> tuple[int, int]:
     return triton.cdiv(B, rows) * triton.cdiv(width, columns), D
 
 
+def constants(step: Step, function: triton.JITFunction, D: int, H: int) -> dict[str, Any]:
+    """The compile-time arguments that the two step kernels share."""
+    rows, columns = tile(H)
+    return {
+        "D": D,
+        "G": step.gates,
+        "S": step.saved,
+        "H": H,
+        "STEP": function,
+        "BLOCK_B": rows,
+        "BLOCK_H": columns,
+    }
+
+
+def projection_constants(D: int, P: int) -> dict[str, Any]:
+    """The compile-time arguments of the two projection kernels."""
+    rows, columns = tile(P)
+    return {"D": D, "P": P, "BLOCK_B": rows, "BLOCK_P": columns}
+
+
 def starting_resets(reset: Tensor | None, lengths: Tensor | None, T: int, D: int) -> Tensor | None:
     """Where the first step of each direction starts from zeros: ``[D, B, 1]``."""
     if reset is None:
@@ -296,22 +321,19 @@ def stepwise_forward(
     h_exact = h.to(torch.float32, copy=True) if step.reads_h else None
     c = None if c is None else c.to(torch.float32, copy=True)
 
-    rows, columns = tile(H)
-    rows_p, columns_p = tile(P)
     for s in range(T):
         torch.bmm(h, w_hh.transpose(1, 2), out=product)
         step_forward_kernel[grid(B, D, H)](
             x_ptr=x, product_ptr=product, bias_ptr=b_hh, h_ptr=h if hidden is None else hidden,
             h_exact_ptr=h_exact, c_ptr=c, reset_ptr=reset, lengths_ptr=lengths,
             y_ptr=y if hidden is None else None, cells_ptr=cells, gates_ptr=gates, s=s, T=T, B=B,
-            D=D, G=step.gates, S=step.saved, H=H, STEP=step.forward, ONLY_GATES=False,
-            BLOCK_B=rows, BLOCK_H=columns, **OPTIONS,
+            **constants(step, step.forward, D, H), ONLY_GATES=False, **OPTIONS,
         )  # fmt: skip
         if w_hr is not None:
             torch.bmm(hidden, w_hr.transpose(1, 2), out=projected)
             project_forward_kernel[grid(B, D, P)](
                 projected_ptr=projected, reset_ptr=reset, lengths_ptr=lengths, h_ptr=h, y_ptr=y, s=s, T=T, B=B,
-                D=D, P=P, BLOCK_B=rows_p, BLOCK_P=columns_p, **OPTIONS,
+                **projection_constants(D, P), **OPTIONS,
             )  # fmt: skip
     return y, h, None if c is None else c.to(x.dtype), cells, gates
 
@@ -334,14 +356,12 @@ def stepwise_backward(
     dprojected = torch.empty_like(dh_n) if w_hr is not None else None
     dhidden = dy.new_empty(D, B, H) if w_hr is not None else product
 
-    rows, columns = tile(H)
-    rows_p, columns_p = tile(P)
     for s in reversed(range(T)):
         if w_hr is not None:
             project_backward_kernel[grid(B, D, P)](
                 dy_ptr=dy, product_ptr=product, direct_ptr=direct, lengths_ptr=lengths,
                 dprojected_ptr=dprojected, dproj_ptr=dproj, s=s, T=T, B=B,
-                D=D, P=P, BLOCK_B=rows_p, BLOCK_P=columns_p, **OPTIONS,
+                **projection_constants(D, P), **OPTIONS,
             )  # fmt: skip
             torch.bmm(dprojected, w_hr, out=dhidden)
         step_backward_kernel[grid(B, D, H)](
@@ -349,8 +369,7 @@ def stepwise_backward(
             direct_ptr=None if w_hr is not None else direct, dc_ptr=dc, dcells_ptr=dcells,
             gates_ptr=gates, cells_ptr=cells, h_prev_ptr=h_prev if step.reads_h else None, c_prev_ptr=c_prev,
             reset_ptr=reset, lengths_ptr=lengths, operand_ptr=operand, dx_ptr=dx, dh_ptr=dh, s=s, T=T, B=B,
-            D=D, G=step.gates, S=step.saved, H=H, STEP=step.backward,
-            BLOCK_B=rows, BLOCK_H=columns, **OPTIONS,
+            **constants(step, step.backward, D, H), **OPTIONS,
         )  # fmt: skip
         torch.bmm(operand, w_hh, out=product)
     dh0 = (direct + product).to(dy.dtype)
@@ -366,11 +385,79 @@ def step_gates(cell: str, x: Tensor, h: Tensor, c_prev: Tensor | None) -> Tensor
     step = STEPS[cell]
     N, H = x.shape[0], x.shape[1] // step.gates
     gates = x.new_empty(N, step.saved, H)
-    rows, columns = tile(H)
     step_forward_kernel[grid(N, 1, H)](
         x_ptr=x, product_ptr=h, bias_ptr=None, h_ptr=None, h_exact_ptr=None, c_ptr=c_prev, reset_ptr=None,
         lengths_ptr=None, y_ptr=None, cells_ptr=None, gates_ptr=gates, s=0, T=1, B=N,
-        D=1, G=step.gates, S=step.saved, H=H, STEP=step.forward, ONLY_GATES=True,
-        BLOCK_B=rows, BLOCK_H=columns, **OPTIONS,
+        **constants(step, step.forward, 1, H), ONLY_GATES=True, **OPTIONS,
     )  # fmt: skip
     return gates
+
+
+def configurations() -> Iterator[dict[str, Any]]:
+    """The ways in which the pointwise kernels run: every cell and type, plain and with everything."""
+    for (cell, step), H, dtype in itertools.product(STEPS.items(), (16, 100, 256), DTYPES):
+        c = torch.float32 if step.has_c else None
+        for all_options in (False, True):
+            D = 2 if all_options else 1
+            name = f"{cell} H={H} {NAMES[dtype]}{' all options' if all_options else ''}"
+            masks = {
+                "reset_ptr": torch.bool if all_options else None,
+                "lengths_ptr": torch.int64 if all_options else None,
+            }
+            forward = masks | {
+                "x_ptr": dtype,
+                "product_ptr": dtype,
+                "bias_ptr": dtype if step.splits else None,
+                "h_ptr": dtype,
+                "h_exact_ptr": torch.float32 if step.reads_h else None,
+                "c_ptr": c,
+                "y_ptr": dtype,
+                "cells_ptr": c,
+                "gates_ptr": dtype if all_options else None,
+            }
+            backward = masks | {
+                "dy_ptr": dtype,
+                "product_ptr": dtype,
+                "direct_ptr": torch.float32,
+                "dc_ptr": c,
+                "dcells_ptr": c if all_options else None,
+                "gates_ptr": dtype,
+                "cells_ptr": c,
+                "h_prev_ptr": dtype if step.reads_h else None,
+                "c_prev_ptr": c,
+                "operand_ptr": dtype,
+                "dx_ptr": dtype,
+                "dh_ptr": dtype if step.splits else None,
+            }
+            of_forward = constants(step, step.forward, D, H) | {"ONLY_GATES": False}
+            of_backward = constants(step, step.backward, D, H)
+            yield configuration(f"step forward {name}", step_forward_kernel, forward, of_forward)
+            yield configuration(f"step backward {name}", step_backward_kernel, backward, of_backward)
+            if cell == "lstm":
+                yield configuration(
+                    f"step forward {name} projected", step_forward_kernel, forward | {"y_ptr": None}, of_forward
+                )  # fmt: skip
+                yield configuration(
+                    f"step backward {name} projected", step_backward_kernel,
+                    backward | {"dy_ptr": None, "direct_ptr": None}, of_backward,
+                )  # fmt: skip
+                projection = {"projected_ptr": dtype, "h_ptr": dtype, "y_ptr": dtype} | masks
+                yield configuration(
+                    f"project forward {name}", project_forward_kernel, projection, projection_constants(D, H)
+                )  # fmt: skip
+                projection = {
+                    "dy_ptr": dtype,
+                    "product_ptr": dtype,
+                    "direct_ptr": torch.float32,
+                    "lengths_ptr": masks["lengths_ptr"],
+                    "dprojected_ptr": dtype,
+                    "dproj_ptr": dtype,
+                }
+                yield configuration(
+                    f"project backward {name}", project_backward_kernel, projection, projection_constants(D, H)
+                )  # fmt: skip
+        absent = dict.fromkeys(a for a in forward if a not in ("x_ptr", "product_ptr", "c_ptr", "gates_ptr"))
+        yield configuration(
+            f"step gates {cell} H={H} {NAMES[dtype]}", step_forward_kernel, forward | absent,
+            constants(step, step.forward, 1, H) | {"ONLY_GATES": True},
+        )  # fmt: skip

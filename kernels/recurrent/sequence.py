@@ -8,17 +8,33 @@ Tiles are transposed, ``[BLOCK_H, BLOCK_B]``: the weight is the left operand of 
 registers, and the batch is on the side that the matrix units pad least.
 """
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..jit import OPTIONS, cast_tiles, dot, keep_tiles, load_tiles, row_of, select_tiles, store_tiles, time_of
-from .plan import Plan, limits, plan, precision
+from ..jit import (
+    NAMES,
+    OPTIONS,
+    cast_tiles,
+    configuration,
+    dot,
+    keep_tiles,
+    load_tiles,
+    row_of,
+    select_tiles,
+    store_tiles,
+    time_of,
+)
+from .plan import DTYPES, LIMITS, Limits, Plan, limits, plan
 from .plan import unsupported as unsupported
 from .pointwise import step_gates as step_gates
 from .pointwise import stepwise_backward, stepwise_forward
-from .steps import STEPS
+from .steps import STEPS, Step
 
 
 @triton.jit
@@ -260,9 +276,7 @@ def sequence_forward(
     sequence_forward_kernel[triton.cdiv(B, how.block_b), D](
         x_ptr=x, w_ptr=w_hh, bias_ptr=b_hh, h0_ptr=h0, c0_ptr=c0, reset_ptr=reset, lengths_ptr=lengths,
         y_ptr=y, h_n_ptr=h_n, c_n_ptr=c_n, cells_ptr=cells, gates_ptr=gates, T=T, B=B,
-        D=D, G=step.gates, S=step.saved, H=H, STEP=step.forward, BLOCK_B=how.block_b, BLOCK_H=how.block_h,
-        PRECISION=precision(x.dtype, allow_tf32, limits(x.device)),
-        num_warps=how.num_warps, num_stages=1, **OPTIONS,
+        **constants(step, step.forward, how, D, H), num_warps=how.num_warps, num_stages=1, **OPTIONS,
     )  # fmt: skip
     return y, h_n, c_n, cells, gates
 
@@ -304,9 +318,7 @@ def sequence_backward(
         dy_ptr=dy, dh_n_ptr=dh_n, dc_n_ptr=dc_n, dcells_ptr=dcells, gates_ptr=gates, cells_ptr=cells,
         h_prev_ptr=h_prev if step.reads_h else None, c_prev_ptr=c_prev, w_ptr=w_hh, reset_ptr=reset,
         lengths_ptr=lengths, dx_ptr=dx, dh_ptr=dh, dh0_ptr=dh0, dc0_ptr=dc0, T=T, B=B,
-        D=D, G=step.gates, S=step.saved, H=H, STEP=step.backward, BLOCK_B=how.block_b, BLOCK_H=how.block_h,
-        PRECISION=precision(dy.dtype, allow_tf32, limits(dy.device)),
-        num_warps=how.num_warps, num_stages=1, **OPTIONS,
+        **constants(step, step.backward, how, D, H), num_warps=how.num_warps, num_stages=1, **OPTIONS,
     )  # fmt: skip
     return dx, dx if dh is None else dh, None, dh0, dc0
 
@@ -315,5 +327,70 @@ def plan_for(cell: str, x: Tensor, w_hh: Tensor, w_hr: Tensor | None, allow_tf32
     """The plan of a call."""
     P = w_hh.shape[2]
     H = P if w_hr is None else w_hr.shape[2]
-    device = limits(x.device)
-    return plan(cell, H, P, x.dtype, precision(x.dtype, allow_tf32, device), device)
+    return plan(cell, H, P, x.dtype, allow_tf32, limits(x.device))
+
+
+def constants(step: Step, function: triton.JITFunction, how: Plan, D: int, H: int) -> dict[str, Any]:
+    """The compile-time arguments of both kernels."""
+    return {
+        "D": D,
+        "G": step.gates,
+        "S": step.saved,
+        "H": H,
+        "STEP": function,
+        "BLOCK_B": how.block_b,
+        "BLOCK_H": how.block_h,
+        "PRECISION": how.precision,
+    }
+
+
+def configurations(limits: Limits = LIMITS["sm_90"]) -> Iterator[dict[str, Any]]:
+    """The ways in which a device of these limits runs the resident kernels: every plan, plain and with everything."""
+    sizes = (16, 32, 64, 100, 128, 256)
+    for (cell, step), H, dtype, allow_tf32 in itertools.product(STEPS.items(), sizes, DTYPES, (True, False)):
+        how = plan(cell, H, H, dtype, allow_tf32, limits)
+        if how.regime != "resident" or (allow_tf32 and how.precision == "ieee"):
+            continue
+        c, c32 = (dtype, torch.float32) if step.has_c else (None, None)
+        for all_options in (False, True):
+            D = 2 if all_options else 1
+            name = f"{cell} H={H} {NAMES[dtype]} {how.precision}{' all options' if all_options else ''}"
+            masks = {
+                "reset_ptr": torch.bool if all_options else None,
+                "lengths_ptr": torch.int64 if all_options else None,
+            }
+            forward = masks | {
+                "x_ptr": dtype,
+                "w_ptr": dtype,
+                "bias_ptr": dtype if step.splits else None,
+                "h0_ptr": dtype,
+                "c0_ptr": c,
+                "y_ptr": dtype,
+                "h_n_ptr": dtype,
+                "c_n_ptr": c,
+                "cells_ptr": c32,
+                "gates_ptr": dtype if all_options else None,
+            }
+            backward = masks | {
+                "dy_ptr": dtype,
+                "dh_n_ptr": dtype,
+                "dc_n_ptr": c,
+                "dcells_ptr": c32 if all_options else None,
+                "gates_ptr": dtype,
+                "cells_ptr": c32,
+                "h_prev_ptr": dtype if step.reads_h else None,
+                "c_prev_ptr": c32,
+                "w_ptr": dtype,
+                "dx_ptr": dtype,
+                "dh_ptr": dtype if step.splits else None,
+                "dh0_ptr": dtype,
+                "dc0_ptr": c,
+            }
+            yield configuration(
+                f"sequence forward {name}", sequence_forward_kernel, forward,
+                constants(step, step.forward, how, D, H), how.num_warps,
+            )  # fmt: skip
+            yield configuration(
+                f"sequence backward {name}", sequence_backward_kernel, backward,
+                constants(step, step.backward, how, D, H), how.num_warps,
+            )  # fmt: skip

@@ -8,6 +8,7 @@ needs a process of its own (``in_clean_process``): under ``TRITON_INTERPRET=1`` 
 import argparse
 import hashlib
 import importlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -30,6 +31,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from fastseq.kernels.jit import OPTIONS
+from fastseq.kernels.recurrent.plan import LIMITS
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".pytest_cache" / "d" / "offline"
@@ -67,9 +69,7 @@ TARGETS = {
 def source(configuration: Configuration) -> ASTSource:
     """What the launcher would compile: pointers divisible by 16, no other specialisation."""
     fn = configuration["fn"]
-    signature = {
-        name: configuration["signature"][name] for name in fn.arg_names
-    }  # Triton reads them in order
+    signature = {name: configuration["signature"][name] for name in fn.arg_names}  # Triton reads them in order
     aligned = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
     return ASTSource(
         fn,
@@ -322,9 +322,11 @@ def violations(row: str, figures: Figures) -> list[str]:
 
 
 @cache
-def published(module: str) -> dict[str, Configuration]:
-    """The configurations that a module of kernels publishes, by name."""
-    listed = list(importlib.import_module(module).configurations())
+def published(module: str, target: str) -> dict[str, Configuration]:
+    """The configurations that a module of kernels publishes for a target, by name."""
+    configurations = importlib.import_module(module).configurations
+    depends = inspect.signature(configurations).parameters  # on what the device has, for kernels that are planned
+    listed = list(configurations(LIMITS[target]) if depends else configurations())
     by_name = {configuration["name"]: configuration for configuration in listed}
     if len(by_name) != len(listed):
         raise ValueError(f"{module}: names of configurations repeat: {Counter(c['name'] for c in listed)}")
@@ -333,28 +335,39 @@ def published(module: str) -> dict[str, Configuration]:
 
 def kind(configuration: Configuration) -> tuple[str, ...]:
     """Kernel and cell; the cell shows in the jit functions that the kernel was given."""
-    steps = [
-        value.__name__ for value in configuration["constexprs"].values() if isinstance(value, JITFunction)
+    given = configuration["constexprs"].values()
+    return configuration["fn"].__name__, *(value.__name__ for value in given if isinstance(value, JITFunction))
+
+
+def representative(configurations: dict[str, Configuration]) -> list[str]:
+    """Of each kernel and cell the name of one configuration: the last of those that take the most tensors."""
+    chosen: dict[tuple[str, ...], Configuration] = {}
+    tensors = [sum(type.startswith("*") for type in c["signature"].values()) for c in configurations.values()]
+    for _, configuration in sorted(zip(tensors, configurations.values(), strict=True), key=lambda pair: pair[0]):
+        chosen[kind(configuration)] = configuration
+    return sorted(configuration["name"] for configuration in chosen.values())
+
+
+def measure(modules: list[str], subset: bool) -> dict[str, Any]:
+    """Rows of the table: every configuration of these modules on every target, or only the representative."""
+    pairs = [(module, target) for module in modules for target in TARGETS]
+    expected = [f"{name} {target}" for module, target in pairs for name in published(module, target)]
+    jobs = [
+        (module, name, target)
+        for module, target in pairs
+        for name in (representative(published(module, target)) if subset else published(module, target))
     ]
-    return configuration["fn"].__name__, *steps
-
-
-def measure(modules: list[str], subset: bool) -> Figures:
-    """Every configuration of these modules (or of each kernel and cell the first) on every target."""
-    names = [(module, name) for module in modules for name in published(module)]
-    if subset:
-        kinds = {kind(published(module)[name]): (module, name) for module, name in reversed(names)}
-        chosen = sorted(kinds.values())
-    else:
-        chosen = names
-    jobs = [(module, name, target) for module, name in chosen for target in TARGETS]
+    rows = {}
     with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
-        rows = dict(pool.map(row, *zip(*jobs, strict=True))) if jobs else {}
-    return {"triton": triton.__version__, "names": [name for _, name in names], "rows": rows}
+        for done, (name, figures) in enumerate(pool.map(row, *zip(*jobs, strict=True)), 1):
+            rows[name] = figures
+            if done % 100 == 0:
+                print(f"{done} of {len(jobs)} compiled", file=sys.stderr, flush=True)
+    return {"triton": triton.__version__, "expected": expected, "rows": rows}
 
 
 def row(module: str, name: str, target: str) -> tuple[str, Figures]:
-    return f"{name} {target}", figures_of(published(module)[name], target)
+    return f"{name} {target}", figures_of(published(module, target)[name], target)
 
 
 def in_clean_process(modules: list[str], subset: bool = False) -> dict[str, Any]:
@@ -373,7 +386,7 @@ def in_clean_process(modules: list[str], subset: bool = False) -> dict[str, Any]
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("modules", nargs="+")
-    parser.add_argument("--subset", action="store_true", help="of each kernel and cell the first")
+    parser.add_argument("--subset", action="store_true", help="of each kernel and cell only one")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.write_text(json.dumps(measure(args.modules, args.subset)))

@@ -125,8 +125,8 @@ class Spelling(nn.Module):
         self.decoder = library.GRUCell(256, 256)
         self.head = nn.Linear(256, 74)
 
-    def forward(self, words: list[str], packed: bool = True) -> tuple[Tensor, Tensor]:
-        """Phonemes and their logits, ``[B, LONGEST]`` and ``[B, LONGEST, 74]``; meaningless after `END`.
+    def forward(self, words: list[str], packed: bool = True, steps: int = LONGEST) -> tuple[Tensor, Tensor]:
+        """Phonemes and their logits, ``[B, steps]`` and ``[B, steps, 74]``; meaningless after `END`.
 
         ``packed=False`` tells the encoder where words end by ``lengths=``, which only fastseq's has.
         """
@@ -140,7 +140,7 @@ class Spelling(nn.Module):
             _, h = self.encoder(x, lengths=lengths.to(device))
         h, last = h[0], torch.full((len(words),), START, device=device)
         written, scores = [], []
-        for _ in range(LONGEST):
+        for _ in range(steps):
             h = self.decoder(self.phonemes(last), h)
             scores.append(self.head(h))
             last = scores[-1].argmax(dim=-1)

@@ -1,0 +1,532 @@
+"""Gradients of every order by every way, and what must never happen to them: zeros for a refusal, NaN from padding."""
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import fastseq
+from fastseq.ops import stock
+from fastseq.reference.recurrent import CELLS
+
+T, B, I, H = 3, 2, 2, 3
+KINDS = ("RNN", "LSTM", "GRU")
+WAYS = ("torch", "reference")
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "rnn": ("RNN", {}),
+    "relu": ("RNN", {"nonlinearity": "relu"}),
+    "lstm": ("LSTM", {}),
+    "gru": ("GRU", {}),
+    "lstm-proj": ("LSTM", {"proj_size": 2}),
+    "lstm-deep": ("LSTM", {"num_layers": 2, "bidirectional": True}),
+    "gru-deep": ("GRU", {"num_layers": 2, "bidirectional": True}),
+    "rnn-deep": ("RNN", {"num_layers": 2, "bidirectional": True, "bias": False}),
+    "lstm-proj-deep": ("LSTM", {"proj_size": 2, "num_layers": 2, "bidirectional": True}),
+}
+MASKS = {
+    "nothing": {},
+    "reset": {"reset": torch.tensor([[False, True], [True, False], [False, False]])},
+    "lengths": {"lengths": torch.tensor([3, 1])},
+    "both": {"reset": torch.tensor([[False, True], [True, False], [True, True]]), "lengths": torch.tensor([3, 2])},
+}
+
+
+def build(shape: str, **more: Any) -> Any:
+    kind, settings = SHAPES[shape]
+    return getattr(fastseq, kind)(I, H, **settings, **more).double()
+
+
+def states_of(rnn: Any, batch: int = B) -> tuple[Tensor, ...]:
+    rows = rnn.num_layers * (1 + rnn.bidirectional)
+    sizes = [(rows, batch, rnn.proj_size or rnn.hidden_size)]
+    if rnn.mode == "LSTM":
+        sizes.append((rows, batch, rnn.hidden_size))
+    return tuple(torch.randn(size, dtype=torch.double, requires_grad=True) for size in sizes)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.double, requires_grad=True)
+
+
+def flat(outputs: Any) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else [t for part in outputs for t in flat(part)]
+
+
+def as_function(rnn: Any, way: str, **keywords: Any) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """The module as a function of its input, states and weights, and arguments for it."""
+    names = [name for name, _ in rnn.named_parameters()]
+    states = states_of(rnn)
+
+    def run(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        hx = tuple(rest[: len(states)])
+        weights = dict(zip(names, rest[len(states) :], strict=True))
+        call = (x, hx if len(hx) == 2 else hx[0])
+        with fastseq.use(way):
+            return tuple(flat(torch.func.functional_call(rnn, weights, call, keywords)))
+
+    weights = tuple(p.detach().clone().requires_grad_() for p in rnn.parameters())
+    return run, (draw(T, B, I), *states, *weights)
+
+
+def loss_of(outputs: Any) -> Tensor:
+    return torch.stack([(0.5 * t).cos().sum() for t in flat(outputs)]).sum()
+
+
+def gradients(rnn: Any, *leaves: Tensor, outputs: Any) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss_of(outputs), [*leaves, *rnn.parameters()])
+
+
+# ------------------------------------------------------------------------------------------- against finite differences
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_are_finite_differences(shape: str, masks: str, way: str) -> None:
+    run, args = as_function(build(shape), way, **MASKS[masks], return_cells=True)
+    assert torch.autograd.gradcheck(run, args, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, args, fast_mode=True)
+
+
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_recomputed_gates_give_the_same_gradients(shape: str, masks: str) -> None:
+    run, args = as_function(build(shape), "torch", **MASKS[masks], recompute=True)
+    assert torch.autograd.gradcheck(run, args, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, args, fast_mode=True)
+
+
+@pytest.mark.parametrize("shape", ["rnn", "relu", "lstm", "gru", "lstm-proj"])
+def test_every_entry_of_the_jacobian_is_right(shape: str) -> None:
+    """Without fast_mode's random projections: slow, so the smallest case that has everything."""
+    rnn = build(shape, bidirectional=True)
+    run, args = as_function(rnn, "torch", **MASKS["both"], return_cells=True)
+    assert torch.autograd.gradcheck(run, args)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_gradients_of_a_step_are_finite_differences(kind: str, way: str) -> None:
+    cell = getattr(fastseq, kind)(I, H).double()
+    reset = torch.tensor([True, False])
+
+    def run(x: Tensor, h: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip((name for name, _ in cell.named_parameters()), weights, strict=True))
+        call = (x, (h, h) if kind == "LSTMCell" else h)
+        with fastseq.use(way):
+            return tuple(flat(torch.func.functional_call(cell, named, call, {"reset": reset})))
+
+    args = draw(B, I), draw(B, H), *cell.parameters()
+    assert torch.autograd.gradcheck(run, args)
+    assert torch.autograd.gradgradcheck(run, args, fast_mode=True)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", CELLS)
+def test_the_step_operator_is_torchs_cell(name: str, bias: bool) -> None:
+    """What a compiled graph runs under a choice by name; in eager mode only kernels get there."""
+    GH, pair = CELLS[name].gates * H, CELLS[name].states == 2
+    weights = draw(GH, I), draw(GH, H), *((draw(GH), draw(GH)) if bias else (None, None))
+    args = [draw(B, I), draw(B, H), draw(B, H) if pair else None, *weights]
+    given = [t for t in args if t is not None]
+
+    def ours(*_: Tensor) -> tuple[Tensor, ...]:
+        return torch.ops.fastseq.cell(name, *args, "gates", "torch")[: 1 + pair]
+
+    got = ours()
+    x, h, c = args[:3]
+    expected = flat(getattr(torch, f"{name}_cell")(x, (h, c) if pair else h, *weights))
+    assert_close(list(got), expected)
+    assert_close(torch.autograd.grad(loss_of(got), given), torch.autograd.grad(loss_of(expected), given))
+    assert torch.autograd.gradcheck(ours, given, fast_mode=True)
+    assert torch.autograd.gradgradcheck(ours, given, fast_mode=True)
+
+
+@pytest.mark.parametrize("masks", ["nothing", "both"])
+@pytest.mark.parametrize("shape", ["rnn", "lstm-proj", "gru-deep"])
+def test_third_derivatives_are_the_reference_s(shape: str, masks: str) -> None:
+    rnn, x = build(shape), draw(T, B, I)
+    states = states_of(rnn)
+    hx = states if len(states) == 2 else states[0]
+    leaves = [x, *states, *rnn.parameters()]
+    found = []
+    for way in WAYS:
+        with fastseq.use(way):
+            value = loss_of(rnn(x, hx, **MASKS[masks], return_cells=True))
+        for _ in range(3):
+            grads = torch.autograd.grad(value, leaves, create_graph=True)
+            value = sum((g**3).sum() for g in grads)
+        found.append(grads)
+    assert max(g.abs().max() for g in found[0]) > 0
+    assert_close(*found)
+
+
+# ------------------------------------------------------------------------------------------- who asks, and how often
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_one_tensor_as_both_states_gets_both_gradients(masks: str) -> None:
+    rnn, x, h = build("lstm"), draw(T, B, I), draw(1, B, H)
+    apart = [h.detach().clone().requires_grad_() for _ in range(2)]
+    together = gradients(rnn, x, h, outputs=rnn(x, (h, h), **MASKS[masks], recompute=True))
+    dx, dh, dc, *weights = gradients(rnn, x, *apart, outputs=rnn(x, tuple(apart), **MASKS[masks]))
+    assert_close(together, (dx, dh + dc, *weights))
+
+
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_in_eval_is_that_in_training(kind: str, masks: str) -> None:
+    rnn, x = getattr(fastseq, kind)(I, H, 2).double(), draw(T, B, I)
+    expected = gradients(rnn, x, outputs=rnn(x, **MASKS[masks]))
+    rnn.eval()
+    rnn.dropout = 0.5
+    assert_close(gradients(rnn, x, outputs=rnn(x, **MASKS[masks])), expected)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kept_graph_serves_again_and_a_freed_one_refuses(kind: str, recompute: bool) -> None:
+    rnn, x = getattr(fastseq, kind)(I, H).double(), draw(T, B, I)
+    loss, leaves = loss_of(rnn(x, **MASKS["both"], recompute=recompute)), [x, *rnn.parameters()]
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    assert_close(torch.autograd.grad(loss, leaves, retain_graph=True), once)
+    assert_close(torch.autograd.grad(loss, leaves), once)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, leaves)
+
+
+def test_weights_changed_before_the_backward_are_noticed() -> None:
+    rnn, x = build("lstm"), draw(T, B, I)
+    loss = loss_of(rnn(x, **MASKS["reset"]))
+    with torch.no_grad():
+        rnn.weight_hh_l0.mul_(2)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("shape", ["rnn", "lstm-deep", "gru", "lstm-proj"])
+def test_only_what_asks_gets_a_gradient(shape: str, masks: str) -> None:
+    """Each leaf alone, the others frozen: what it gets when all ask."""
+    rnn, x = build(shape), draw(T, B, I)
+    states = states_of(rnn)
+    hx = states if len(states) == 2 else states[0]
+    leaves = [x, *states, *rnn.parameters()]
+    expected = gradients(rnn, x, *states, outputs=rnn(x, hx, **MASKS[masks], return_cells=True))
+    for index, leaf in enumerate(leaves):
+        for other in leaves:
+            other.requires_grad_(other is leaf)
+        loss_of(rnn(x, hx, **MASKS[masks], return_cells=True)).backward()
+        assert [i for i, other in enumerate(leaves) if other.grad is not None] == [index]
+        assert_close(leaf.grad, expected[index])
+        leaf.grad = None
+    for leaf in leaves:
+        leaf.requires_grad_(False)
+    assert not any(t.requires_grad for t in flat(rnn(x, hx, **MASKS[masks])))
+
+
+def test_each_output_alone_has_its_gradient() -> None:
+    rnn, x = build("lstm-deep"), draw(T, B, I)
+    count = len(flat(rnn(x, **MASKS["both"], return_cells=True)))
+    for index in range(count):
+        found = []
+        for way in WAYS:
+            with fastseq.use(way):
+                output = flat(rnn(x, **MASKS["both"], return_cells=True))[index]
+            found.append(torch.autograd.grad(loss_of(output), [x, *rnn.parameters()], allow_unused=True))
+        for got, expected in zip(*found, strict=True):
+            assert_close(torch.zeros(()) if got is None else got.sum(), torch.zeros(()) if expected is None else expected.sum(), check_dtype=False)  # noqa: E501
+
+
+def test_checkpointing_gives_the_same_gradients() -> None:
+    rnn, x = build("gru"), draw(T, B, I)
+    expected = gradients(rnn, x, outputs=rnn(x, **MASKS["both"]))
+    outputs = checkpoint(lambda x: rnn(x, **MASKS["both"]), x, use_reentrant=False)
+    assert_close(gradients(rnn, x, outputs=outputs), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recompute_keeps_less(kind: str) -> None:
+    rnn, x = getattr(fastseq, kind)(8, 16), torch.randn(20, 4, 8)
+
+    def measure(recompute: bool) -> tuple[int, tuple[Tensor, ...]]:
+        kept: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with saved_tensors_hooks(pack, lambda t: t):
+            outputs = rnn(x, reset=torch.zeros(20, 4, dtype=torch.bool), recompute=recompute)
+        return sum(kept.values()), gradients(rnn, outputs=outputs)
+
+    (most, expected), (less, got) = measure(False), measure(True)
+    gates = 20 * 4 * 16 * {"RNN": 1, "LSTM": 4, "GRU": 4}[kind] * 4
+    assert most - less >= gates, (most, less)
+    assert_close(got, expected)
+
+
+# ------------------------------------------------------------------------------------------- torch.func, forward mode
+
+
+def dual(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(x, x.cos()))).tangent
+        return torch.zeros_like(f(x)) if tangent is None else tangent
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+    "vmap": lambda f, x: torch.vmap(f)(torch.stack([x, 2 * x])),
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).cos().sum())(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x.cos(),))[1],
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](f(x).detach()),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(lambda x: f(x).cos().sum())(x),
+    "vmap-grad": lambda f, x: torch.vmap(torch.func.grad(lambda x: f(x).cos().sum()))(torch.stack([x, 2 * x])),
+    "dual": dual,
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_transform_is_right_or_refused(kind: str, name: str, frozen: bool) -> None:
+    """An operator that torch.func cannot look into would return zeros without a word."""
+    rnn = getattr(fastseq, kind)(I, H).double().requires_grad_(not frozen)
+    x = torch.randn(T, B, I, dtype=torch.double)
+
+    def run(x: Tensor) -> Tensor:
+        return rnn(x, **MASKS["reset"])[0]
+
+    with fastseq.use("reference"):
+        expected = TRANSFORMS[name](run, x)
+    assert expected.abs().max() > 0
+    if name == "vmap":
+        got = TRANSFORMS[name](run, x)
+        assert_close(got, expected)
+        if not frozen:  # the weights, which vmap does not touch, still get their gradient
+            assert_close(gradients(rnn, outputs=got), gradients(rnn, outputs=expected))
+        return
+    for mode in (contextlib.nullcontext, torch.no_grad):
+        if mode is torch.no_grad and name not in ("jvp", "jacfwd", "dual"):
+            continue
+        with mode(), pytest.raises(NotImplementedError, match="reference"):
+            TRANSFORMS[name](run, x)
+
+
+@pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_transforms_of_a_step_are_right(kind: str) -> None:
+    cell = getattr(fastseq, kind)(I, H).double()
+    x, h = torch.randn(B, I, dtype=torch.double), torch.randn(B, H, dtype=torch.double)
+
+    def run(x: Tensor) -> Tensor:
+        return flat(cell(x, (h, h) if kind == "LSTMCell" else h, reset=torch.tensor([True, False])))[0]
+
+    for transform in TRANSFORMS.values():
+        with fastseq.use("reference"):
+            expected = transform(run, x)
+        assert_close(transform(run, x), expected)
+
+
+# ------------------------------------------------------------------------------------------- stock operators on a GPU
+
+
+def stock_call(kind: str, settings: stock.Settings, packed: bool = False, **module: Any) -> Any:
+    """``ops.stock.Stock`` as ``stock`` calls it for CUDA tensors, the same by torch alone, and the leaves."""
+    rnn, pair = getattr(torch.nn, kind)(I, H, **module).double(), kind == "LSTM"
+    x, cell = draw(T, B, I), rnn.mode.lower()
+    states = states_of(rnn)
+    sizes = pack_padded_sequence(x, torch.tensor([3, 1])).batch_sizes if packed else None
+    data = pack_padded_sequence(x, torch.tensor([3, 1])).data.detach().requires_grad_() if packed else x
+    leaves = [data, *states, *rnn.parameters()]
+    has_biases, layers, dropout, train, bidirectional = settings
+
+    def run(input: Tensor, *rest: Tensor) -> Any:
+        hx, weights = rest[: 1 + pair], list(rest[1 + pair :])
+        arguments = hx if pair else hx[0], weights, has_biases, layers, dropout, train, bidirectional
+        if sizes is not None:
+            return getattr(torch, cell)(input, sizes, *arguments)
+        return getattr(torch, cell)(input, *arguments, False)
+
+    def formula(input: Tensor, *rest: Tensor) -> Any:
+        return stock._formula(cell, input, rest[: 1 + pair], rest[1 + pair :], settings, False, sizes)
+
+    return lambda: stock.Stock.apply(run, formula, *leaves), lambda: run(*leaves), leaves
+
+
+STOCK = {
+    "plain": ((True, 1, 0.0, True, False), {}),
+    "deep": ((True, 2, 0.0, True, True), {"num_layers": 2, "bidirectional": True}),
+    "eval": ((True, 2, 0.5, False, False), {"num_layers": 2}),
+    "packed": ((True, 2, 0.0, True, True), {"num_layers": 2, "bidirectional": True, "packed": True}),
+}
+
+
+@pytest.mark.parametrize("case", STOCK)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrapped_stock_operator_is_stock(kind: str, case: str) -> None:
+    settings, module = STOCK[case]
+    wrapped, plain, leaves = stock_call(kind, settings, **module)
+    got, expected = wrapped(), plain()
+    assert_close(list(got), list(expected))
+    once = torch.autograd.grad(loss_of(got), leaves, retain_graph=True)
+    assert_close(once, torch.autograd.grad(loss_of(expected), leaves))
+    assert_close(torch.autograd.grad(loss_of(got), leaves), once)
+    penalties = []
+    for run in (wrapped, plain):
+        first = torch.autograd.grad(loss_of(run()), leaves, create_graph=True)
+        penalties.append(torch.autograd.grad(sum((g**2).sum() for g in first), leaves))
+    assert_close(*penalties)
+
+
+def test_a_wrapped_stock_operator_frees_its_graph_once_used() -> None:
+    wrapped, _, leaves = stock_call("LSTM", STOCK["plain"][0])
+    loss = loss_of(wrapped())
+    torch.autograd.grad(loss, leaves, retain_graph=True)
+    inner = weakref.ref(next(f for f in nodes_of(loss) if hasattr(f, "graph")).graph[1][0])
+    assert inner() is not None
+    torch.autograd.grad(loss, leaves)
+    gc.collect()
+    assert inner() is None, "the loss is alive, its graph should not be"
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, leaves)
+
+
+def nodes_of(loss: Tensor) -> list[Any]:
+    found, todo = [], [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        found.append(node)
+        todo += [parent for parent, _ in node.next_functions if parent is not None]
+    return found
+
+
+def test_a_wrapped_stock_operator_will_not_guess_a_dropout() -> None:
+    wrapped, _, leaves = stock_call("GRU", (True, 2, 0.5, True, False), num_layers=2)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss_of(wrapped()), leaves))
+    with pytest.raises(RuntimeError, match="dropout"):
+        torch.autograd.grad(loss_of(wrapped()), leaves, create_graph=True)
+
+
+def test_a_wrapped_stock_operator_asks_only_what_is_wanted() -> None:
+    wrapped, plain, leaves = stock_call("LSTM", STOCK["plain"][0])
+    for leaf in leaves[1:]:
+        leaf.requires_grad_(False)
+    for index in range(3):
+        got, expected = (torch.autograd.grad(run()[index].sum(), leaves[0]) for run in (wrapped, plain))
+        assert_close(got, expected)
+
+
+# ------------------------------------------------------------------------------------------- laws of sequences
+
+
+LONG = 70_000  # cuDNN stops at 65,535 steps
+
+
+@pytest.mark.parametrize("keywords", [{}, {"recompute": True}], ids=["stock", "general"])
+def test_a_very_long_sequence_is_its_pieces(keywords: dict[str, Any]) -> None:
+    rnn = fastseq.LSTM(1, 2)
+    x, weight = torch.randn(LONG, 1, 1), torch.randn(LONG, 1, 2)
+
+    def run(*pieces: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        outputs, state = [], None
+        for piece in pieces:
+            y, state = rnn(piece, state, **keywords)
+            outputs.append(y)
+        whole = torch.cat(outputs)
+        return whole, torch.autograd.grad((whole * weight).sum() / LONG**0.5, list(rnn.parameters()))
+
+    (y, grads), (pieces, expected) = run(x), run(*x.split(23_456))
+    assert_close(y, pieces)
+    assert_close(grads, expected, rtol=1e-4, atol=1e-4)
+
+
+def segments(starts: Sequence[bool]) -> list[slice]:
+    edges = [0, *(t for t, start in enumerate(starts) if start and t), len(starts)]
+    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+@pytest.mark.parametrize("shape", ["rnn", "lstm", "gru", "lstm-proj"])
+def test_resets_make_separate_sequences(shape: str) -> None:
+    """By torch.nn alone: each row and segment on its own, from a state of zeros."""
+    rnn, x, steps = build(shape), draw(7, B, I), 7
+    stock_rnn = getattr(torch.nn, type(rnn).__name__)(I, H, proj_size=rnn.proj_size) if rnn.proj_size else None
+    stock_rnn = stock_rnn or getattr(torch.nn, type(rnn).__name__)(I, H, **SHAPES[shape][1])
+    stock_rnn = stock_rnn.double()
+    stock_rnn.load_state_dict(rnn.state_dict())
+    reset = torch.rand(steps, B) < 0.4
+    y = rnn(x, reset=reset)[0]
+    rows = [torch.cat([stock_rnn(x[part, b])[0] for part in segments(reset[:, b].tolist())]) for b in range(B)]
+    expected = torch.stack(rows, dim=1)
+    assert_close(y, expected)
+    got = gradients(rnn, x, outputs=y)
+    assert_close(got, gradients(stock_rnn, x, outputs=expected))
+
+
+@pytest.mark.parametrize("shape", ["rnn", "lstm", "gru", "lstm-proj"])
+def test_the_state_carries_over(shape: str) -> None:
+    rnn, x = build(shape, num_layers=2), draw(9, B, I)
+    reset = torch.rand(9, B) < 0.3
+    whole = rnn(x, reset=reset)
+    first, state = rnn(x[:4], reset=reset[:4])
+    second, state = rnn(x[4:], state, reset=reset[4:])
+    parts = torch.cat([first, second]), state
+    assert_close(flat(parts), flat(whole))
+    assert_close(gradients(rnn, x, outputs=parts), gradients(rnn, x, outputs=whole))
+
+
+@pytest.mark.parametrize("shape", ["relu", "lstm-deep", "gru-deep", "lstm-proj-deep"])
+def test_the_order_of_the_batch_does_not_matter(shape: str) -> None:
+    rnn, x, order = build(shape), draw(5, 4, I), torch.tensor([2, 0, 3, 1])
+    keywords = {"reset": torch.rand(5, 4) < 0.3, "lengths": torch.tensor([5, 0, 3, 1])}
+    y, state = rnn(x, **keywords)
+    permuted = {"reset": keywords["reset"][:, order], "lengths": keywords["lengths"][order]}
+    y_permuted, state_permuted = rnn(x[:, order], **permuted)
+    assert_close(y_permuted, y[:, order])
+    assert_close(flat(state_permuted), [s[:, order] for s in flat(state)])
+    assert_close(gradients(rnn, x, outputs=(y_permuted, state_permuted)), gradients(rnn, x, outputs=(y, state)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("shape", ["rnn-deep", "relu", "lstm-deep", "gru-deep", "lstm-proj-deep"])
+def test_what_stands_behind_the_end_is_never_seen(shape: str, recompute: bool, way: str) -> None:
+    """NaN in the input, and NaN in the gradient of the output, behind each row's end."""
+    rnn, x, lengths = build(shape), draw(5, 4, I), torch.tensor([5, 0, 3, 1])
+    behind = (torch.arange(5)[:, None] >= lengths)[..., None]
+    poisoned = x.detach().masked_fill(behind, torch.nan).requires_grad_()
+    found = []
+    for given, noise in ((x, 0.0), (poisoned, torch.nan)):
+        with fastseq.use(way):
+            outputs = flat(rnn(given, lengths=lengths, return_cells=True, recompute=recompute))
+        y, cells = outputs[0], outputs[-1]
+        assert not y.masked_select(behind).any()
+        assert not cells.masked_select(behind).any()
+        factor = torch.ones(behind.shape, dtype=torch.double).masked_fill(behind, noise)
+        outputs[0], outputs[-1] = y * factor, cells * factor
+        loss = torch.stack([t.nansum() if t is y else t.masked_fill(t.isnan(), 0).sum() for t in outputs]).sum()
+        ends = torch.autograd.grad([y, cells, *outputs[1:-1]], [given, *rnn.parameters()],
+                                   [factor.expand_as(y), factor.expand_as(cells), *map(torch.ones_like, outputs[1:-1])])  # noqa: E501  # fmt: skip
+        found.append((loss.detach(), *ends))
+    assert_close(*found)
+    assert not found[1][1].masked_select(behind).any()
+
+
+def test_a_reset_forgets_nan() -> None:
+    rnn, x = build("lstm"), torch.randn(4, B, I, dtype=torch.double)
+    x[1] = torch.nan
+    y = rnn(x, reset=torch.tensor([False, False, True, False])[:, None].expand(4, B))[0]
+    assert y[1].isnan().all()
+    assert_close(y[2:], rnn(x[2:])[0])
