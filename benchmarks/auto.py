@@ -57,13 +57,14 @@ def main() -> int:
         if again:
             print(f"\nmeasured again, {2**attempt} times as long ({len(again)} cases):")
         for case in again:
-            if time.monotonic() > deadline:
-                print(f"no time left after {options.minutes:g} minutes: the measurements so far count")
-                break
-            earlier = rows[case]
-            rows[case] = _row(case, options.threads, ceiling, attempt)
-            rows[case]["earlier"] = [*earlier.pop("earlier", []), earlier]
-            _print_row(rows[case])
+            if time.monotonic() < deadline:
+                earlier = rows[case]
+                rows[case] = _row(case, options.threads, ceiling, attempt)
+                rows[case]["earlier"] = [*earlier.pop("earlier", []), earlier]
+                _print_row(rows[case])
+        if time.monotonic() >= deadline:
+            print(f"no time left after {options.minutes:g} minutes: the last measurements count")
+            break
     return _finish(list(rows.values()), options, time.monotonic() - started, ceiling)
 
 

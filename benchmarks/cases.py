@@ -86,7 +86,7 @@ class Contest:
         """The context every side runs in: entered around a whole race, so it is not part of the timing."""
         return torch.set_grad_enabled(self.case.mode == "train")
 
-    def explain(self) -> fastseq.implementation.Choice:
+    def explain(self) -> fastseq.Choice:
         with self.grad_mode():
             return fastseq.explain(self.module, *self.inputs, **self.keywords)
 

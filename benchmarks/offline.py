@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # run as a script, so neither is there yet
+sys.path.insert(0, str(ROOT))  # run as a script, so it is not there yet
 
-from support import offline  # noqa: E402  (needs the paths above)
+from tests.support import offline  # noqa: E402  (needs the path above)
 
 COMMAND = "python benchmarks/offline.py"
 COLUMNS = {

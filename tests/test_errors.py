@@ -132,7 +132,6 @@ CALLS: dict[str, Wrong] = {
     "hx of doubles": lambda kind: ({}, (zeros(T, B, I), S(kind, 1, B, H, dtype=torch.float64))),
     "hx of doubles, packed": lambda kind: ({}, (packed(), S(kind, 1, B, H, dtype=torch.float64))),
     "hx of integers": lambda kind: ({}, (zeros(T, B, I), S(kind, 1, B, H, dtype=torch.int64))),
-    "hx of bfloat16": lambda kind: ({}, (zeros(T, B, I), S(kind, 1, B, H, dtype=torch.bfloat16))),
     "hx a string": lambda kind: ({}, (zeros(T, B, I), "zeros")),
     "hx a number": lambda kind: ({}, (zeros(T, B, I), 0)),
     "hx numbers": lambda kind: ({}, (zeros(T, B, I), (0.0, 0.0))),
@@ -144,6 +143,10 @@ FOR_LSTM: dict[str, Wrong] = {
     "hx one tensor": lambda kind: ({}, (zeros(T, B, I), zeros(1, B, H))),
     "hx a tuple of one": lambda kind: ({}, (zeros(T, B, I), (zeros(1, B, H),))),
     "hx an empty tuple": lambda kind: ({}, (zeros(T, B, I), ())),
+    "hx a triple": lambda kind: ({}, (zeros(T, B, I), (zeros(1, B, H),) * 3)),
+    "hx a triple, packed": lambda kind: ({}, (packed(), (zeros(1, B, H),) * 3)),
+    "hx stacked": lambda kind: ({}, (zeros(T, B, I), zeros(2, 1, B, H))),
+    "c_0 of doubles, packed": lambda kind: ({}, (packed(), (zeros(1, B, H), zeros(1, B, H).double()))),
     "c_0 missing": lambda kind: ({}, (zeros(T, B, I), (zeros(1, B, H), None))),
     "c_0 of another width": lambda kind: ({}, (zeros(T, B, I), (zeros(1, B, H), zeros(1, B, H + 1)))),
     "c_0 of another batch": lambda kind: ({}, (zeros(T, B, I), (zeros(1, B, H), zeros(1, 1, H)))),
@@ -185,6 +188,8 @@ FOR_LSTM_CELL: dict[str, Wrong] = {
     "cell: hx one tensor": lambda kind: ({}, (zeros(B, I), zeros(B, H))),
     "cell: hx a tuple of one": lambda kind: ({}, (zeros(B, I), (zeros(B, H),))),
     "cell: hx an empty tuple": lambda kind: ({}, (zeros(B, I), ())),
+    "cell: hx a triple": lambda kind: ({}, (zeros(B, I), (zeros(B, H),) * 3)),
+    "cell: hx stacked": lambda kind: ({}, (zeros(B, I), zeros(2, B, H))),
     "cell: c of another width": lambda kind: ({}, (zeros(B, I), (zeros(B, H), zeros(B, 1)))),
     "cell: c of another batch": lambda kind: ({}, (zeros(B, I), (zeros(B, H), zeros(1, H)))),
     "cell: c 3-D": lambda kind: ({}, (zeros(B, I), (zeros(B, H), zeros(1, B, H)))),
@@ -230,3 +235,177 @@ def test_call_fails_as_torchs(mistake: str) -> None:
         if not isinstance(ours, type(theirs)):
             failures.append(f"{implementation} {keywords}: {type(ours).__name__}({ours})")
     assert not failures, "\n".join([f"expected {type(theirs).__name__}({theirs})", *failures])
+
+
+# -------------------------------------------------------------------------------------------------- what torch lacks
+
+
+def sequence(**options: Any) -> Any:
+    return fastseq.GRU(I, H, **options)
+
+
+def mask(*shape: int, **options: Any) -> Tensor:
+    return zeros(*shape, dtype=torch.bool, **options)
+
+
+x, unbatched = zeros(T, B, I), zeros(T, I)
+whole = torch.full((B,), T)
+
+# The mistake, the type of the error, and what its text must say: the argument, what was wanted, what was got.
+OURS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
+    "reset a list": (lambda: sequence()(x, reset=[True] * T), TypeError, ("reset", "bool", "[T, B]", "list")),
+    "reset a bool": (lambda: sequence()(x, reset=True), TypeError, ("reset", "bool", "got bool")),
+    "reset of integers": (lambda: sequence()(x, reset=zeros(T, B).long()), TypeError, ("reset", "bool", "int64")),
+    "reset of floats": (lambda: sequence()(x, reset=zeros(T, B)), TypeError, ("reset", "bool", "float32")),
+    "reset of one row": (lambda: sequence()(x, reset=mask(T, 1)), ValueError, ("reset", "[4, 3]", "[4, 1]")),
+    "reset 1-D": (lambda: sequence()(x, reset=mask(T)), ValueError, ("reset", "[T, B]", "[4, 3]", "[4]")),
+    "reset 3-D": (lambda: sequence()(x, reset=mask(T, B, 1)), ValueError, ("reset", "[4, 3]", "[4, 3, 1]")),
+    "reset time first": (
+        lambda: sequence(batch_first=True)(zeros(B, T, I), reset=mask(T, B)),
+        ValueError,
+        ("reset", "[B, T]", "[3, 4]", "[4, 3]"),
+    ),
+    "reset batch first": (lambda: sequence()(x, reset=mask(B, T)), ValueError, ("reset", "[4, 3]", "[3, 4]")),
+    "reset 2-D, unbatched": (
+        lambda: sequence()(unbatched, reset=mask(T, 1)),
+        ValueError,
+        ("reset", "[T]", "[4]", "[4, 1]"),
+    ),
+    "reset too short, unbatched": (
+        lambda: sequence()(unbatched, reset=mask(T - 1)),
+        ValueError,
+        ("reset", "[4]", "[3]"),
+    ),
+    "reset too short, packed": (
+        lambda: sequence()(packed(), reset=mask(T - 1, B)),
+        ValueError,
+        ("reset", "[4, 3]", "[3, 3]"),
+    ),
+    "reset a list, packed": (lambda: sequence()(packed(), reset=[[False]]), TypeError, ("reset", "bool", "list")),
+    "reset on another device": (
+        lambda: sequence()(x, reset=mask(T, B, device="meta")),
+        ValueError,
+        ("reset", "cpu", "meta"),
+    ),
+    "lengths a list": (lambda: sequence()(x, lengths=[4, 3, 1]), TypeError, ("lengths", "integer", "[B]", "list")),
+    "lengths a number": (lambda: sequence()(x, lengths=4), TypeError, ("lengths", "integer", "got int")),
+    "lengths of floats": (lambda: sequence()(x, lengths=zeros(B)), TypeError, ("lengths", "integer", "float32")),
+    "lengths of bools": (lambda: sequence()(x, lengths=mask(B)), TypeError, ("lengths", "integer", "bool")),
+    "lengths of complex numbers": (
+        lambda: sequence()(x, lengths=zeros(B, dtype=torch.complex64)),
+        TypeError,
+        ("lengths", "integer", "complex64"),
+    ),
+    "lengths too few": (lambda: sequence()(x, lengths=whole[:2]), ValueError, ("lengths", "[B] = [3]", "[2]")),
+    "lengths 2-D": (lambda: sequence()(x, lengths=whole[None]), ValueError, ("lengths", "[3]", "[1, 3]")),
+    "lengths 1-D, unbatched": (
+        lambda: sequence()(unbatched, lengths=whole[:1]),
+        ValueError,
+        ("lengths", "[]", "[1]"),
+    ),
+    "length above T": (lambda: sequence()(x, lengths=whole + 1), ValueError, ("lengths", "0 to T = 4", "5 to 5")),
+    "length negative": (
+        lambda: sequence()(x, lengths=torch.tensor([4, -1, 2])),
+        ValueError,
+        ("lengths", "0 to T = 4", "-1 to 4"),
+    ),
+    "length above T, unbatched": (
+        lambda: sequence()(unbatched, lengths=torch.tensor(5)),
+        ValueError,
+        ("lengths", "0 to T = 4", "5"),
+    ),
+    "lengths and a PackedSequence": (
+        lambda: sequence()(packed(), lengths=whole),
+        ValueError,
+        ("lengths", "PackedSequence"),
+    ),
+    "reset by position": (lambda: sequence()(x, None, mask(T, B)), TypeError, ("positional",)),
+    "keyword unknown": (lambda: sequence()(x, resets=mask(T, B)), TypeError, ("resets",)),
+    "cell: reset of integers": (
+        lambda: fastseq.LSTMCell(I, H)(x[0], reset=torch.zeros(B).long()),
+        TypeError,
+        ("reset", "bool", "[B]", "int64"),
+    ),
+    "cell: reset a list": (
+        lambda: fastseq.RNNCell(I, H)(x[0], reset=[True] * B),
+        TypeError,
+        ("reset", "bool", "list"),
+    ),
+    "cell: reset too long": (
+        lambda: fastseq.GRUCell(I, H)(x[0], reset=mask(B + 1)),
+        ValueError,
+        ("reset", "[3]", "[4]"),
+    ),
+    "cell: reset 1-D, unbatched": (
+        lambda: fastseq.GRUCell(I, H)(x[0, 0], reset=mask(1)),
+        ValueError,
+        ("reset", "[]", "[1]"),
+    ),
+    "cell: reset on another device": (
+        lambda: fastseq.GRUCell(I, H)(x[0], reset=mask(B, device="meta")),
+        ValueError,
+        ("reset", "cpu", "meta"),
+    ),
+    "cell: lengths": (lambda: fastseq.GRUCell(I, H)(x[0], lengths=whole), TypeError, ("lengths",)),
+    "use of nothing known": (lambda: fastseq.use("cudnn"), ValueError, ("'auto'", "'reference'", "'cudnn'")),
+    "use of None": (lambda: fastseq.use(None), ValueError, ("name", "None")),
+    "explain torch's": (
+        lambda: fastseq.explain(torch.nn.LSTM(I, H), x),
+        TypeError,
+        ("module", "fastseq module", "LSTM", "fastseq.swap"),
+    ),
+    "explain no module": (lambda: fastseq.explain("LSTM"), TypeError, ("module", "fastseq module", "str")),
+    "functional: nonlinearity unknown": (
+        lambda: fastseq.functional.rnn_cell(x[0], zeros(B, H), zeros(H, I), zeros(H, H), nonlinearity="sigmoid"),
+        ValueError,
+        ("nonlinearity", "'tanh'", "'relu'", "'sigmoid'"),
+    ),
+    "functional: reset of integers": (
+        lambda: fastseq.functional.gru_cell(
+            x[0], zeros(B, H), zeros(3 * H, I), zeros(3 * H, H), reset=torch.zeros(B).long()
+        ),
+        TypeError,
+        ("reset", "bool", "int64"),
+    ),
+}
+
+
+@pytest.mark.parametrize("implementation", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("mistake", OURS)
+def test_our_own_arguments_are_checked(mistake: str, implementation: str) -> None:
+    call, kind, words = OURS[mistake]
+    with fastseq.use(implementation), pytest.raises(kind) as error:
+        call()
+    missing = [word for word in words if word not in str(error.value)]
+    assert not missing, f"{error.value} does not say {missing}"
+    assert type(error.value) is kind
+
+
+def double_module() -> Any:
+    return sequence(dtype=torch.float64), zeros(T, B, I).double()
+
+
+def double_cell() -> Any:
+    return fastseq.LSTMCell(I, H, dtype=torch.float64), zeros(B, I).double()
+
+
+def on_meta() -> Any:
+    return sequence(device="meta"), zeros(T, B, I, device="meta")
+
+
+@pytest.mark.parametrize("make", [double_module, double_cell, on_meta])
+def test_named_implementation_refuses_with_a_sentence(make: Callable[[], Any]) -> None:
+    module, x = make()
+    with fastseq.use("triton"):
+        for ask in (lambda: module(x), lambda: fastseq.explain(module, x)):
+            with pytest.raises(fastseq.Unsupported, match=r"^triton: \w+.* .* ") as refusal:
+                ask()
+            assert isinstance(refusal.value, RuntimeError)
+    assert fastseq.explain(module, x).name != "triton"  # without the name it falls back
+
+
+def test_an_error_leaves_the_choice_as_it_was() -> None:
+    before = str(fastseq.explain(sequence(), x))
+    with pytest.raises(RuntimeError, match="size"), fastseq.use("reference"):
+        sequence()(zeros(T, B, I + 1))
+    assert str(fastseq.explain(sequence(), x)) == before

@@ -6,6 +6,7 @@ behind resets and lengths, the kernels) has a budget of rounding errors.
 
 import copy
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from .support.modules_cases import (
     exact_and_peer,
     gradients,
     outputs_of,
+    pairwise,
     report,
     run,
     run_by,
@@ -67,6 +69,34 @@ def test_every_combination_computes_what_torch_computes(cell: str, dtype: torch.
             failures += [f"{way}: {case}: {f}" for f in beyond_budget(got, exact, peer)]
             errors.add(way, got, exact, peer)
     failures += errors.beyond(1.5)
+    assert not failures, report(failures)
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    """Where kernels run: a GPU, without TF32 on either side, or the CPU under the interpreter."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def test_kernels_compute_what_torch_computes(device: torch.device) -> None:
+    """Every two options meet in some combination: the interpreter is too slow for all."""
+    failures, errors, both = [], Errors(), (False, True)
+    cases = pairwise(
+        cell=CELLS, num_layers=(1, 2), bidirectional=both, bias=both, batch_first=both, layout=LAYOUTS, hx=both,
+        dtype=(torch.float32, torch.bfloat16, torch.float16),
+    )  # fmt: skip
+    for index, case in enumerate(cases):
+        drawn, theirs, ours = case.draw(), case.build(torch.nn).to(device), case.build(fastseq).to(device)
+        exact, peer = exact_and_peer(theirs, case, drawn)
+        _, keywords = case.way(("reference", "reset", "recompute")[index % 3])
+        with fastseq.use("triton"):
+            got = run(ours, case, drawn, **{k: v if v is True else v.to(device) for k, v in keywords.items()})
+        failures += [f"{case} {list(keywords)}: {f}" for f in beyond_budget(got, exact, peer)]
+        errors.add("triton", got, exact, peer)
+    failures += errors.beyond(2.0)
     assert not failures, report(failures)
 
 
@@ -234,11 +264,10 @@ def test_every_cell_computes_what_torch_computes(cell: str, dtype: torch.dtype) 
     failures, errors = [], Errors()
     kind = {"lstm": "LSTMCell", "gru": "GRUCell"}.get(cell, "RNNCell")
     options = {"nonlinearity": cell[4:]} if kind == "RNNCell" else {}
-    for bias, batched, given, I, H in itertools.product(
-        (True, False), (True, False), (True, False), (1, 3), (1, 5, 33)
-    ):
-        name = f"{cell} bias={bias} batched={batched} hx={given} I={I} H={H}"
-        theirs, ours = (getattr(library, kind)(I, H, bias, **options) for library in (torch.nn, fastseq))
+    both, sizes = (True, False), ((1, 1), (3, 5), (7, 33))
+    for bias, batched, hx, (width, H) in itertools.product(both, both, both, sizes):
+        name = f"{cell} bias={bias} batched={batched} hx={hx} I={width} H={H}"
+        theirs, ours = (getattr(library, kind)(width, H, bias, **options) for library in (torch.nn, fastseq))
         ours.load_state_dict(theirs.state_dict())
         rows = (4,) if batched else ()
         shapes = [(*rows, width), *([(*rows, H)] * (hx * (1 + (cell == "lstm"))))]
@@ -252,11 +281,11 @@ def test_every_cell_computes_what_torch_computes(cell: str, dtype: torch.dtype) 
         stock = exact if dtype == torch.float64 else peer
         never = torch.zeros(rows, dtype=torch.bool)
         failures += [f"auto: {name}: {f}" for f in unequal(step(ours, drawn), stock)]
-        for way, implementation, keywords in (
-            ("reset", "auto", {"reset": never}),
-            ("reference", "reference", {}),
-            ("reference with reset", "reference", {"reset": never}),
-        ):
+        ways = [("reset", "auto", {"reset": never}), ("reference", "reference", {})]
+        ways += [("reference with reset", "reference", {"reset": never})]
+        if dtype != torch.float64 and not torch.cuda.is_available():
+            ways += [("triton", "triton", {}), ("triton with reset", "triton", {"reset": never})]
+        for way, implementation, keywords in ways:
             with fastseq.use(implementation):
                 got = step(ours, drawn, **keywords)
             failures += [f"{way}: {name}: {f}" for f in beyond_budget(got, exact, peer)]

@@ -11,9 +11,10 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from support import offline
 
-TOYS = ["test_offline"]  # this module, imported again by the process that compiles
+from .support import offline
+
+TOYS = ["tests.test_offline"]  # this module, imported again by the process that compiles
 
 
 @triton.jit

@@ -101,9 +101,11 @@ def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
         return
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[remark]}"), console=out, transient=True) as bars:
+    remark_column = TextColumn("{task.fields[remark]}")
+    # No refreshing thread: it would run beside the code being timed.
+    with Progress(*columns, remark_column, console=out, transient=True, auto_refresh=False) as bars:
         bar = bars.add_task(title, total=total, remark="")
-        yield lambda done, remark: bars.update(bar, completed=done, remark=remark)
+        yield lambda done, remark: bars.update(bar, completed=done, remark=remark, refresh=True)
 
 
 def folder(path: Path) -> Path:

@@ -199,7 +199,7 @@ def cell_backward_kernel(
 
 
 # Rows of the batch, columns of the result, and how far one product reaches.
-FORWARD_TILE = {"BLOCK_B": 32, "BLOCK_H": 32, "BLOCK_K": 64}
+FORWARD_TILE = {"BLOCK_B": 16, "BLOCK_H": 32, "BLOCK_K": 32}
 BACKWARD_TILE = {"BLOCK_B": 32, "BLOCK_N": 64, "BLOCK_K": 32}
 WARPS_AND_STAGES = {"num_warps": 4, "num_stages": 2}
 

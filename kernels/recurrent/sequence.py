@@ -2,7 +2,7 @@
 
 The kernels here keep the recurrent weight resident: a program loads all of it before the loop over time and then
 walks its rows of the batch through every step alone, so nothing is synchronised and only gates travel. Sizes
-whose weight does not fit run step by step (``pointwise.py``); ``plan.py`` decides.
+whose weight does not fit run step by step (``stepwise.py``); ``plan.py`` decides.
 
 Tiles are transposed, ``[BLOCK_H, BLOCK_B]``: the weight is the left operand of every product, which may stay in
 registers, and the batch is on the side that the matrix units pad least.
@@ -33,8 +33,8 @@ from ..jit import (
 from .plan import DTYPES, LIMITS, Limits, Plan, limits, plan
 from .plan import unsupported as unsupported
 from .pointwise import step_gates as step_gates
-from .pointwise import stepwise_backward, stepwise_forward
 from .steps import STEPS, Step
+from .stepwise import stepwise_backward, stepwise_forward
 
 
 @triton.jit

@@ -154,6 +154,17 @@ def every(**fixed: Any) -> Iterator[Case]:
         yield Case(**dict(zip(names, values, strict=True)), train=train, dropout=0.0 if train else 0.5, **fixed)
 
 
+def pairwise(**values: Sequence[Any]) -> Iterator[Case]:
+    """A few combinations, among which every two values of different options meet."""
+    everything = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+    meetings = [set(itertools.combinations(options.items(), 2)) for options in everything]
+    left = set().union(*meetings)
+    while left:
+        best = max(range(len(everything)), key=lambda i: len(meetings[i] & left))
+        left -= meetings[best]
+        yield Case(**everything[best])
+
+
 def tensors(tree: Any) -> list[Tensor]:
     """The tensors of nested tuples, none for None."""
     if tree is None:
@@ -172,9 +183,9 @@ def outputs_of(result: Any) -> Named:
 
 
 def run(module: nn.Module, case: Case, drawn: Sequence[Tensor], **keywords: Any) -> Named:
-    """Outputs, final states, and the gradients of everything, by name, in the module's dtype."""
-    dtype = next(module.parameters()).dtype
-    leaves = [t.detach().to(dtype).requires_grad_() for t in drawn]
+    """Outputs, final states, and the gradients of everything, by name, in the module's dtype and on its device."""
+    like = next(module.parameters())
+    leaves = [t.detach().to(like).requires_grad_() for t in drawn]
     named = outputs_of(case.call(module, leaves, **keywords))
     wanted = dict(zip(("input", "h_0", "c_0"), leaves, strict=False)) | dict(module.named_parameters())
     return {k: t.detach() for k, t in (named | gradients(named, wanted)).items()}
@@ -184,7 +195,7 @@ def gradients(outputs: Named, wanted: Named) -> Named:
     """The gradients of the wanted for random cotangents of the outputs that have one."""
     torch.manual_seed(2)
     roots = [o for o in outputs.values() if o.requires_grad]
-    cotangents = [torch.randn(o.shape).bfloat16().to(o.dtype) for o in roots]
+    cotangents = [torch.randn(o.shape).bfloat16().to(o) for o in roots]
     found = torch.autograd.grad(roots, list(wanted.values()), cotangents, allow_unused=True)
     return {f"gradient of {k}": g for k, g in zip(wanted, found, strict=True) if g is not None}
 

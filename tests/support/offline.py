@@ -81,29 +81,31 @@ def source(configuration: Configuration) -> ASTSource:
 
 def figures_of(configuration: Configuration, target_name: str) -> Figures:
     """Figures of one configuration on one target, or ``{"error": ...}`` with the compiler's last words."""
-    target = TARGETS[target_name]
-    options = {name: configuration[name] for name in ("num_warps", "num_stages")}
+    target, options = TARGETS[target_name], {name: configuration[name] for name in ("num_warps", "num_stages")}
     src = source(configuration)
-    key = json.dumps([src.hash(), target_name, options | OPTIONS, triton.__version__, own_hash()])
-    kept = CACHE / "figures" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    key = json.dumps([src.hash(), target_name, options | OPTIONS, triton.__version__, reading()])
+    kept = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     if kept.exists():
-        return json.loads(kept.read_text())
-    try:
-        kernel = triton.compile(src, target=target.gpu, options=options | OPTIONS)
-    except Exception as error:  # every way in which a compiler fails is a row of the table
-        return {"error": f"{type(error).__name__}: {error}".strip().splitlines()[-1]}
-    figures = options | (read_amdgcn(kernel) if target.gpu.backend == "hip" else read_cubin(kernel))
-    figures |= {"kernel": configuration["fn"].__name__, "fits": figures["shared"] <= target.shared}
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    partial = kept.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(figures))
-    partial.replace(kept)  # at once, for the other worker
-    return figures
+        figures = json.loads(kept.read_text())
+    else:
+        try:
+            kernel = triton.compile(src, target=target.gpu, options=options | OPTIONS)
+        except Exception as error:  # every way in which a compiler fails is a row of the table
+            return {"error": f"{type(error).__name__}: {error}".strip().splitlines()[-1]}
+        figures = read_amdgcn(kernel) if target.gpu.backend == "hip" else read_cubin(kernel)
+        CACHE.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(figures))
+        partial.replace(kept)  # at once, for the other worker
+    fits = figures["shared"] <= target.shared
+    return options | figures | {"kernel": configuration["fn"].__name__, "fits": fits}
 
 
 @cache
-def own_hash() -> str:
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+def reading() -> str:
+    """What a kept figure depends on beside the kernel: how machine code is read here."""
+    readers = (read_cubin, read_amdgcn, count, dots, parse_sass, loops, named, called, successors, parse_amdgcn)
+    return repr(INSTRUCTIONS) + "".join(inspect.getsource(reader) for reader in readers)
 
 
 def assemblers() -> dict[str, str]:
@@ -151,13 +153,10 @@ def run(name: str, *args: str) -> str:
 
 def read_cubin(kernel: Any) -> Figures:
     """Figures of a kernel compiled for NVIDIA, from its disassembly."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    cubin = CACHE / f"{os.getpid()}.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    try:
-        usage, listing = run("cuobjdump", "-res-usage", str(cubin)), run("nvdisasm", "-c", str(cubin))
-    finally:
-        cubin.unlink()
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage, listing = run("cuobjdump", "-res-usage", cubin.name), run("nvdisasm", "-c", cubin.name)
     resources = dict(re.findall(r"\b(REG|STACK):(\d+)", usage))
     code, labels = parse_sass(listing)
     return {
@@ -373,8 +372,7 @@ def row(module: str, name: str, target: str) -> tuple[str, Figures]:
 def in_clean_process(modules: list[str], subset: bool = False) -> dict[str, Any]:
     """Measure in a fresh process: no interpreter, no TRITON_ settings of the caller, one thread a worker."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as folder:
         env["TRITON_CACHE_DIR"] = folder  # of a kernel only its figures are kept: they are far smaller
         out = Path(folder) / "report.json"

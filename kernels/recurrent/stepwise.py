@@ -1,0 +1,108 @@
+"""A sequence step by step: for every step a library matrix product and one fused pointwise kernel.
+
+For the sizes whose recurrent weight does not fit in one program, and for projections. The loop over time is the
+host's: it allocates before the first step, asks the device nothing and takes no decision that depends on data,
+so a CUDA graph can hold it.
+"""
+
+import torch
+from torch import Tensor
+
+from ..jit import OPTIONS
+from .pointwise import (
+    constants,
+    grid,
+    project_backward_kernel,
+    project_forward_kernel,
+    projection_constants,
+    step_backward_kernel,
+    step_forward_kernel,
+)
+from .steps import STEPS
+
+
+def starting_resets(reset: Tensor | None, lengths: Tensor | None, T: int, D: int) -> Tensor | None:
+    """Where the first step of each direction starts from zeros: ``[D, B, 1]``."""
+    if reset is None:
+        return None
+    first = torch.stack((reset[0], reset[T - 1])[:D])
+    if lengths is not None:
+        first = first & torch.stack((lengths > 0, lengths > T - 1)[:D])
+    return first.unsqueeze(-1)
+
+
+def stepwise_forward(
+    cell: str, x: Tensor, w_hh: Tensor, b_hh: Tensor | None, w_hr: Tensor | None, h0: Tensor, c0: Tensor | None,
+    reset: Tensor | None, lengths: Tensor | None, save: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """``sequence_forward``, step by step."""
+    step = STEPS[cell]
+    T, B, D, _ = x.shape
+    H, P = x.shape[3] // step.gates, w_hh.shape[2]
+    y = x.new_empty(T, B, D, P)
+    cells = x.new_empty(T, B, D, H, dtype=torch.float32) if step.has_c else None
+    gates = x.new_empty(T, B, D, step.saved, H) if save else None
+    product = x.new_empty(D, B, step.gates * H)
+    hidden = x.new_empty(D, B, H) if w_hr is not None else None  # what a projection reads
+    projected = x.new_empty(D, B, P) if w_hr is not None else None
+
+    first = starting_resets(reset, lengths, T, D)
+    h, c = (s if s is None or first is None else s.masked_fill(first, 0) for s in (h0, c0))
+    h = h.clone()
+    h_exact = h.to(torch.float32, copy=True) if step.reads_h else None
+    c = None if c is None else c.to(torch.float32, copy=True)
+
+    for s in range(T):
+        torch.bmm(h, w_hh.transpose(1, 2), out=product)
+        step_forward_kernel[grid(B, D, H)](
+            x_ptr=x, product_ptr=product, bias_ptr=b_hh, h_ptr=h if hidden is None else hidden,
+            h_exact_ptr=h_exact, c_ptr=c, reset_ptr=reset, lengths_ptr=lengths,
+            y_ptr=y if hidden is None else None, cells_ptr=cells, gates_ptr=gates, s=s, T=T, B=B,
+            **constants(step, step.forward, D, H), ONLY_GATES=False, **OPTIONS,
+        )  # fmt: skip
+        if w_hr is not None:
+            torch.bmm(hidden, w_hr.transpose(1, 2), out=projected)
+            project_forward_kernel[grid(B, D, P)](
+                projected_ptr=projected, reset_ptr=reset, lengths_ptr=lengths, h_ptr=h, y_ptr=y, s=s, T=T, B=B,
+                **projection_constants(D, P), **OPTIONS,
+            )  # fmt: skip
+    return y, h, None if c is None else c.to(x.dtype), cells, gates
+
+
+def stepwise_backward(
+    cell: str, dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, dcells: Tensor | None, gates: Tensor,
+    cells: Tensor | None, h_prev: Tensor, c_prev: Tensor | None, w_hh: Tensor, w_hr: Tensor | None,
+    reset: Tensor | None, lengths: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+    """``sequence_backward``, step by step."""
+    step = STEPS[cell]
+    T, B, D, P = dy.shape
+    H = gates.shape[4]
+    dx = dy.new_empty(T, B, D, step.gates * H)
+    dh = torch.empty_like(dx) if step.splits else None
+    dproj = torch.empty_like(dy) if w_hr is not None else None
+    operand = dy.new_empty(D, B, step.gates * H)
+    product = torch.zeros_like(dh_n)
+    direct = dh_n.to(torch.float32, copy=True)
+    dc = None if dc_n is None else dc_n.to(torch.float32, copy=True)
+    dprojected = torch.empty_like(dh_n) if w_hr is not None else None
+    dhidden = dy.new_empty(D, B, H) if w_hr is not None else product
+
+    for s in reversed(range(T)):
+        if w_hr is not None:
+            project_backward_kernel[grid(B, D, P)](
+                dy_ptr=dy, product_ptr=product, direct_ptr=direct, lengths_ptr=lengths,
+                dprojected_ptr=dprojected, dproj_ptr=dproj, s=s, T=T, B=B,
+                **projection_constants(D, P), **OPTIONS,
+            )  # fmt: skip
+            torch.bmm(dprojected, w_hr, out=dhidden)
+        step_backward_kernel[grid(B, D, H)](
+            dy_ptr=None if w_hr is not None else dy, product_ptr=dhidden,
+            direct_ptr=None if w_hr is not None else direct, dc_ptr=dc, dcells_ptr=dcells,
+            gates_ptr=gates, cells_ptr=cells, h_prev_ptr=h_prev if step.reads_h else None, c_prev_ptr=c_prev,
+            reset_ptr=reset, lengths_ptr=lengths, operand_ptr=operand, dx_ptr=dx, dh_ptr=dh, s=s, T=T, B=B,
+            **constants(step, step.backward, D, H), **OPTIONS,
+        )  # fmt: skip
+        torch.bmm(operand, w_hh, out=product)
+    dh0 = (direct + product).to(dy.dtype)
+    return dx, dx if dh is None else dh, dproj, dh0, None if dc is None else dc.to(dy.dtype)
