@@ -24,7 +24,7 @@ COLUMNS = {
     "registers": "per thread; on gfx942 vector registers, accumulation registers included",
     "stack": "bytes per thread",
     "shared": "bytes per program, as asked for at launch",
-    "fits": "the target has that much shared memory for one program",
+    "too_large": "the target has less shared memory than that for one program",
     "spills": "loads and stores of spilled registers, counted in the code (LDL, STL; on gfx942 scratch)",
     "dots": "products that tensor cores could do; dots64: those with a multiple of 64 rows",
     "instructions": "in the whole kernel",
@@ -35,11 +35,14 @@ COLUMNS = {
 
 
 def table(report: dict[str, Any], ptxas: dict[str, str]) -> str:
-    """The report as JSON, a row per line so that a diff shows the configurations that changed."""
+    """The report as JSON, a row per line so that a diff shows what changed; zeros are left out."""
     header = {"regenerate": COMMAND, "triton": report["triton"], "ptxas": ptxas, "columns": COLUMNS}
     head = json.dumps(header, indent=1)[:-2]
-    lines = [f"  {json.dumps(name)}: {json.dumps(row, sort_keys=True)}" for name, row in report["rows"].items()]
-    rows = ",\n".join(sorted(lines))
+    lines = []
+    for name, row in sorted(report["rows"].items()):
+        shown = {figure: value for figure, value in row.items() if value}
+        lines.append(f"  {json.dumps(name)}: {json.dumps(shown, sort_keys=True)}")
+    rows = ",\n".join(lines)
     return f'{head},\n "rows": {{\n{rows}\n }}\n}}\n'
 
 
@@ -60,7 +63,7 @@ def summary(report: dict[str, Any]) -> str:
     for (kernel, target), rows in sorted(groups.items()):
         registers, shared = [row["registers"] for row in rows], [row["shared"] / 1024 for row in rows]
         spilling = sum(row["loop_spills"] > 0 for row in rows)
-        too_large = sum(not row["fits"] for row in rows)
+        too_large = sum(row["too_large"] for row in rows)
         products = [row for row in rows if row["dots"]]
         tensor = sum(any(row.get(kind) for kind in offline.TENSOR_CORES) for row in products)
         lines.append(

@@ -283,7 +283,7 @@ def test_every_cell_computes_what_torch_computes(cell: str, dtype: torch.dtype) 
         failures += [f"auto: {name}: {f}" for f in unequal(step(ours, drawn), stock)]
         ways = [("reset", "auto", {"reset": never}), ("reference", "reference", {})]
         ways += [("reference with reset", "reference", {"reset": never})]
-        if dtype != torch.float64 and not torch.cuda.is_available():
+        if dtype != torch.float64 and width == 3 and not torch.cuda.is_available():  # the interpreter is slow
             ways += [("triton", "triton", {}), ("triton with reset", "triton", {"reset": never})]
         for way, implementation, keywords in ways:
             with fastseq.use(implementation):

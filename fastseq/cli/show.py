@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -53,7 +53,8 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         box=box.SIMPLE_HEAD if out.is_terminal else None, pad_edge=False, padding=(0, 2, 0, 0),
     )  # fmt: skip
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < words else "right", overflow="fold")
+        justify: JustifyMethod = "left" if index < words else "right"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=index == 0)
     for row in rows:
         table.add_row(*row)
     out.print(table)

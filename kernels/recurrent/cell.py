@@ -222,7 +222,7 @@ def cell_forward(
     (B, I), H = x.shape, h.shape[1]  # noqa: E741
     h_new = torch.empty_like(h)
     c_new = None if c is None else torch.empty_like(c)
-    gates = h.new_empty(B, step.saved, H) if save else None
+    gates = torch.empty(B, step.saved, H, dtype=h.dtype, device=h.device) if save else None
     cell_forward_kernel[triton.cdiv(B, FORWARD_TILE["BLOCK_B"]), triton.cdiv(H, FORWARD_TILE["BLOCK_H"])](
         x_ptr=x, h_ptr=h, c_ptr=c, w_ih_ptr=w_ih, w_hh_ptr=w_hh, b_ih_ptr=b_ih, b_hh_ptr=b_hh,
         h_new_ptr=h_new, c_new_ptr=c_new, gates_ptr=gates, B=B,
@@ -248,9 +248,9 @@ def cell_backward(
     """Gradients of the input gates and the recurrent gates (one tensor unless the cell splits them), x, h and c."""
     step = STEPS[cell]
     (B, H), I = h.shape, w_ih.shape[1]  # noqa: E741
-    dx_gates = h.new_empty(B, step.gates * H)
+    dx_gates = torch.empty(B, step.gates * H, dtype=h.dtype, device=h.device)
     dh_gates = torch.empty_like(dx_gates) if step.splits else None
-    dx = h.new_empty(B, I)
+    dx = torch.empty(B, I, dtype=h.dtype, device=h.device)
     dh = torch.empty_like(h)
     dc = None if c is None else torch.empty_like(c)
     columns = BACKWARD_TILE["BLOCK_N"]

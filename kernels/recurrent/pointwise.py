@@ -298,7 +298,7 @@ def step_gates(cell: str, x: Tensor, h: Tensor, c_prev: Tensor | None) -> Tensor
     """
     step = STEPS[cell]
     N, H = x.shape[0], x.shape[1] // step.gates
-    gates = x.new_empty(N, step.saved, H)
+    gates = torch.empty(N, step.saved, H, dtype=x.dtype, device=x.device)
     step_forward_kernel[grid(N, 1, H)](
         x_ptr=x, product_ptr=h, bias_ptr=None, h_ptr=None, h_exact_ptr=None, c_ptr=c_prev, reset_ptr=None,
         lengths_ptr=None, y_ptr=None, cells_ptr=None, gates_ptr=gates, s=0, T=1, B=N,

@@ -268,11 +268,12 @@ def sequence_forward(
         return stepwise_forward(cell, x, w_hh, b_hh, w_hr, h0, c0, reset, lengths, save)
     T, B, D, _ = x.shape
     H = w_hh.shape[2]
-    y = x.new_empty(T, B, D, H)
+    like = {"dtype": x.dtype, "device": x.device}
+    y = torch.empty(T, B, D, H, **like)
     h_n = torch.empty_like(h0)
     c_n = None if c0 is None else torch.empty_like(c0)
-    cells = None if c0 is None else x.new_empty(T, B, D, H, dtype=torch.float32)
-    gates = x.new_empty(T, B, D, step.saved, H) if save else None
+    cells = None if c0 is None else torch.empty(T, B, D, H, dtype=torch.float32, device=x.device)
+    gates = torch.empty(T, B, D, step.saved, H, **like) if save else None
     sequence_forward_kernel[triton.cdiv(B, how.block_b), D](
         x_ptr=x, w_ptr=w_hh, bias_ptr=b_hh, h0_ptr=h0, c0_ptr=c0, reset_ptr=reset, lengths_ptr=lengths,
         y_ptr=y, h_n_ptr=h_n, c_n_ptr=c_n, cells_ptr=cells, gates_ptr=gates, T=T, B=B,
@@ -310,7 +311,7 @@ def sequence_backward(
             cell, dy, dh_n, dc_n, dcells, gates, cells, h_prev, c_prev, w_hh, w_hr, reset, lengths
         )  # fmt: skip
     T, B, D, H = dy.shape
-    dx = dy.new_empty(T, B, D, step.gates * H)
+    dx = torch.empty(T, B, D, step.gates * H, dtype=dy.dtype, device=dy.device)
     dh = torch.empty_like(dx) if step.splits else None
     dh0 = torch.empty_like(dh_n)
     dc0 = None if dc_n is None else torch.empty_like(dc_n)

@@ -39,12 +39,13 @@ def stepwise_forward(
     step = STEPS[cell]
     T, B, D, _ = x.shape
     H, P = x.shape[3] // step.gates, w_hh.shape[2]
-    y = x.new_empty(T, B, D, P)
-    cells = x.new_empty(T, B, D, H, dtype=torch.float32) if step.has_c else None
-    gates = x.new_empty(T, B, D, step.saved, H) if save else None
-    product = x.new_empty(D, B, step.gates * H)
-    hidden = x.new_empty(D, B, H) if w_hr is not None else None  # what a projection reads
-    projected = x.new_empty(D, B, P) if w_hr is not None else None
+    like = {"dtype": x.dtype, "device": x.device}
+    y = torch.empty(T, B, D, P, **like)
+    cells = torch.empty(T, B, D, H, dtype=torch.float32, device=x.device) if step.has_c else None
+    gates = torch.empty(T, B, D, step.saved, H, **like) if save else None
+    product = torch.empty(D, B, step.gates * H, **like)
+    hidden = torch.empty(D, B, H, **like) if w_hr is not None else None  # what a projection reads
+    projected = torch.empty(D, B, P, **like) if w_hr is not None else None
 
     first = starting_resets(reset, lengths, T, D)
     h, c = (s if s is None or first is None else s.masked_fill(first, 0) for s in (h0, c0))
@@ -78,15 +79,16 @@ def stepwise_backward(
     step = STEPS[cell]
     T, B, D, P = dy.shape
     H = gates.shape[4]
-    dx = dy.new_empty(T, B, D, step.gates * H)
+    like = {"dtype": dy.dtype, "device": dy.device}
+    dx = torch.empty(T, B, D, step.gates * H, **like)
     dh = torch.empty_like(dx) if step.splits else None
     dproj = torch.empty_like(dy) if w_hr is not None else None
-    operand = dy.new_empty(D, B, step.gates * H)
+    operand = torch.empty(D, B, step.gates * H, **like)
     product = torch.zeros_like(dh_n)
     direct = dh_n.to(torch.float32, copy=True)
     dc = None if dc_n is None else dc_n.to(torch.float32, copy=True)
     dprojected = torch.empty_like(dh_n) if w_hr is not None else None
-    dhidden = dy.new_empty(D, B, H) if w_hr is not None else product
+    dhidden = torch.empty(D, B, H, **like) if w_hr is not None else product
 
     for s in reversed(range(T)):
         if w_hr is not None:
