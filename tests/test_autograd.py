@@ -1,9 +1,8 @@
 """Gradients of every order by every way, and what must never happen to them: zeros for a refusal, NaN from padding."""
 
 import contextlib
-import gc
-import weakref
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,55 +10,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import fastseq
-from fastseq.ops import stock
 from fastseq.reference.recurrent import CELLS
 
-T, B, I, H = 3, 2, 2, 3
-KINDS = ("RNN", "LSTM", "GRU")
-WAYS = ("torch", "reference")
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "rnn": ("RNN", {}),
-    "relu": ("RNN", {"nonlinearity": "relu"}),
-    "lstm": ("LSTM", {}),
-    "gru": ("GRU", {}),
-    "lstm-proj": ("LSTM", {"proj_size": 2}),
-    "lstm-deep": ("LSTM", {"num_layers": 2, "bidirectional": True}),
-    "gru-deep": ("GRU", {"num_layers": 2, "bidirectional": True}),
-    "rnn-deep": ("RNN", {"num_layers": 2, "bidirectional": True, "bias": False}),
-    "lstm-proj-deep": ("LSTM", {"proj_size": 2, "num_layers": 2, "bidirectional": True}),
-}
-MASKS = {
-    "nothing": {},
-    "reset": {"reset": torch.tensor([[False, True], [True, False], [False, False]])},
-    "lengths": {"lengths": torch.tensor([3, 1])},
-    "both": {"reset": torch.tensor([[False, True], [True, False], [True, True]]), "lengths": torch.tensor([3, 2])},
-}
-
-
-def build(shape: str, **more: Any) -> Any:
-    kind, settings = SHAPES[shape]
-    return getattr(fastseq, kind)(I, H, **settings, **more).double()
-
-
-def states_of(rnn: Any, batch: int = B) -> tuple[Tensor, ...]:
-    rows = rnn.num_layers * (1 + rnn.bidirectional)
-    sizes = [(rows, batch, rnn.proj_size or rnn.hidden_size)]
-    if rnn.mode == "LSTM":
-        sizes.append((rows, batch, rnn.hidden_size))
-    return tuple(torch.randn(size, dtype=torch.double, requires_grad=True) for size in sizes)
-
-
-def draw(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.double, requires_grad=True)
-
-
-def flat(outputs: Any) -> list[Tensor]:
-    return [outputs] if isinstance(outputs, Tensor) else [t for part in outputs for t in flat(part)]
+from .support.gradients import KINDS, MASKS, SHAPES, WAYS, B, H, I, T, build, draw, flat, gradients, loss_of, states_of
 
 
 def as_function(rnn: Any, way: str, **keywords: Any) -> tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]:
@@ -76,14 +33,6 @@ def as_function(rnn: Any, way: str, **keywords: Any) -> tuple[Callable[..., tupl
 
     weights = tuple(p.detach().clone().requires_grad_() for p in rnn.parameters())
     return run, (draw(T, B, I), *states, *weights)
-
-
-def loss_of(outputs: Any) -> Tensor:
-    return torch.stack([(0.5 * t).cos().sum() for t in flat(outputs)]).sum()
-
-
-def gradients(rnn: Any, *leaves: Tensor, outputs: Any) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss_of(outputs), [*leaves, *rnn.parameters()])
 
 
 # Deeper networks are layers in a row: with all masks at once, or none.
@@ -355,101 +304,6 @@ def test_transforms_of_a_step_are_right_or_refused_as_by_torch(kind: str, name: 
         assert_close(got, expected)
 
 
-# ------------------------------------------------------------------------------------------- stock operators on a GPU
-
-
-def stock_call(kind: str, settings: stock.Settings, packed: bool = False, **module: Any) -> Any:
-    """``ops.stock.Stock`` as ``stock`` calls it for CUDA tensors, the same by torch alone, and the leaves."""
-    rnn, pair = getattr(torch.nn, kind)(I, H, **module).double(), kind == "LSTM"
-    x, cell = draw(T, B, I), rnn.mode.lower()
-    states = states_of(rnn)
-    sizes = pack_padded_sequence(x, torch.tensor([3, 1])).batch_sizes if packed else None
-    data = pack_padded_sequence(x, torch.tensor([3, 1])).data.detach().requires_grad_() if packed else x
-    leaves = [data, *states, *rnn.parameters()]
-    has_biases, layers, dropout, train, bidirectional = settings
-
-    def run(input: Tensor, *rest: Tensor) -> Any:
-        hx, weights = rest[: 1 + pair], list(rest[1 + pair :])
-        arguments = hx if pair else hx[0], weights, has_biases, layers, dropout, train, bidirectional
-        if sizes is not None:
-            return getattr(torch, cell)(input, sizes, *arguments)
-        return getattr(torch, cell)(input, *arguments, False)
-
-    def formula(input: Tensor, *rest: Tensor) -> Any:
-        return stock._formula(cell, input, rest[: 1 + pair], rest[1 + pair :], settings, False, sizes)
-
-    return lambda: stock.Stock.apply(run, formula, *leaves), lambda: run(*leaves), leaves
-
-
-STOCK = {
-    "plain": ((True, 1, 0.0, True, False), {}),
-    "deep": ((True, 2, 0.0, True, True), {"num_layers": 2, "bidirectional": True}),
-    "eval": ((True, 2, 0.5, False, False), {"num_layers": 2}),
-    "packed": ((True, 2, 0.0, True, True), {"num_layers": 2, "bidirectional": True, "packed": True}),
-}
-
-
-@pytest.mark.parametrize("case", STOCK)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_wrapped_stock_operator_is_stock(kind: str, case: str) -> None:
-    settings, module = STOCK[case]
-    wrapped, plain, leaves = stock_call(kind, settings, **module)
-    got, expected = wrapped(), plain()
-    assert_close(list(got), list(expected))
-    once = torch.autograd.grad(loss_of(got), leaves, retain_graph=True)
-    assert_close(once, torch.autograd.grad(loss_of(expected), leaves))
-    assert_close(torch.autograd.grad(loss_of(got), leaves), once)
-    penalties = []
-    for run in (wrapped, plain):
-        first = torch.autograd.grad(loss_of(run()), leaves, create_graph=True)
-        penalties.append(torch.autograd.grad(sum((g**2).sum() for g in first), leaves))
-    assert_close(*penalties)
-
-
-def test_a_wrapped_stock_operator_frees_its_graph_once_used() -> None:
-    wrapped, _, leaves = stock_call("LSTM", STOCK["plain"][0])
-    loss = loss_of(wrapped())
-    torch.autograd.grad(loss, leaves, retain_graph=True)
-    inner = weakref.ref(next(f for f in nodes_of(loss) if hasattr(f, "graph")).graph[1][0])
-    assert inner() is not None
-    torch.autograd.grad(loss, leaves)
-    gc.collect()
-    assert inner() is None, "the loss is alive, its graph should not be"
-    with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(loss, leaves)
-
-
-def nodes_of(loss: Tensor) -> list[Any]:
-    found, todo = [], [loss.grad_fn]
-    while todo:
-        node = todo.pop()
-        found.append(node)
-        todo += [parent for parent, _ in node.next_functions if parent is not None]
-    return found
-
-
-def test_a_wrapped_stock_operator_will_not_guess_a_dropout() -> None:
-    wrapped, _, leaves = stock_call("GRU", (True, 2, 0.5, True, False), num_layers=2)
-    assert all(g.isfinite().all() for g in torch.autograd.grad(loss_of(wrapped()), leaves))
-    with pytest.raises(RuntimeError, match="dropout"):
-        torch.autograd.grad(loss_of(wrapped()), leaves, create_graph=True)
-
-
-def test_a_wrapped_stock_operator_can_be_checkpointed() -> None:
-    wrapped, plain, leaves = stock_call("GRU", STOCK["plain"][0])
-    outputs = checkpoint(wrapped, use_reentrant=False)
-    assert_close(torch.autograd.grad(loss_of(outputs), leaves), torch.autograd.grad(loss_of(plain()), leaves))
-
-
-def test_a_wrapped_stock_operator_asks_only_what_is_wanted() -> None:
-    wrapped, plain, leaves = stock_call("LSTM", STOCK["plain"][0])
-    for leaf in leaves[1:]:
-        leaf.requires_grad_(False)
-    for index in range(3):
-        got, expected = (torch.autograd.grad(run()[index].sum(), leaves[0]) for run in (wrapped, plain))
-        assert_close(got, expected)
-
-
 # ------------------------------------------------------------------------------------------- laws of sequences
 
 
@@ -476,7 +330,7 @@ def test_a_very_long_sequence_is_its_pieces(keywords: dict[str, Any]) -> None:
 
 def segments(starts: Sequence[bool]) -> list[slice]:
     edges = [0, *(t for t, start in enumerate(starts) if start and t), len(starts)]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(edges)]
 
 
 @pytest.mark.parametrize("shape", ["rnn", "lstm", "gru", "lstm-proj"])

@@ -25,10 +25,13 @@ from fastseq.reference.recurrent import CELLS
 from .support.budget import assert_within_budget
 
 ROOT = Path(__file__).parents[1]
-I, H = 3, 5
+I, H = 3, 5  # noqa: E741  (the field's letter)
 SIZES = ((7, 6), (9, 2), (4, 8))  # T, B; none equal to I, H or each other: equal sizes share a symbol at first
 RECURRENT, STEP = torch.ops.fastseq.recurrent.default, torch.ops.fastseq.cell.default
-RECURRENT_BACKWARD, STEP_BACKWARD = torch.ops.fastseq.recurrent_backward.default, torch.ops.fastseq.cell_backward.default
+RECURRENT_BACKWARD, STEP_BACKWARD = (
+    torch.ops.fastseq.recurrent_backward.default,
+    torch.ops.fastseq.cell_backward.default,
+)
 
 NETWORKS = {
     "rnn": ("RNN", {}),
@@ -211,7 +214,9 @@ def test_a_swapped_model_compiles() -> None:
     args = (draw(7, 6, I),)
     expected = outputs_and_gradients(model, model, *args)
     fastseq.swap(model)
-    assert_close(outputs_and_gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), model, *args), expected)
+    assert_close(
+        outputs_and_gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), model, *args), expected
+    )
 
 
 IMPORT_ORDERS = {"dynamo-first": ("torch._dynamo", "fastseq"), "fastseq-first": ("fastseq", "torch._dynamo")}

@@ -100,7 +100,7 @@ def test_kernels_compute_what_torch_computes(device: torch.device) -> None:
     assert not failures, report(failures)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     case=st.builds(
         Case,
@@ -137,7 +137,7 @@ def test_without_gradients_the_outputs_are_the_same(cell: str) -> None:
             exact = outputs_of(case.call(copy.deepcopy(theirs).double(), [t.double() for t in drawn]))
             peer = outputs_of(case.call(theirs, drawn))
             failures += [f"auto: {case}: {f}" for f in unequal(outputs_of(case.call(ours, drawn)), peer)]
-            for way in WAYS:
+            for way in ("recompute", list(WAYS)[index % 3]):  # recompute: what no gradient needs falls away
                 implementation, keywords = case.way(way)
                 with fastseq.use(implementation):
                     got = outputs_of(case.call(ours, drawn, **keywords))

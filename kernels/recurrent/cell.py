@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..jit import NAMES, OPTIONS, cast_tiles, configuration, dot, load_tiles, store_tiles
-from .plan import DTYPES, LIMITS, Limits, limits, precision
+from .plan import DTYPES, LIMITS, Limits, limits, precision, scalar
 from .plan import unsupported as unsupported
 from .steps import STEPS, Step
 
@@ -200,8 +200,10 @@ def cell_backward_kernel(
 
 # Rows of the batch, columns of the result, and how far one product reaches.
 FORWARD_TILE = {"BLOCK_B": 16, "BLOCK_H": 32, "BLOCK_K": 32}
-BACKWARD_TILE = {"BLOCK_B": 32, "BLOCK_N": 64, "BLOCK_K": 32}
-WARPS_AND_STAGES = {"num_warps": 4, "num_stages": 2}
+BACKWARD_TILE = {"BLOCK_B": 16, "BLOCK_N": 64, "BLOCK_K": 32}
+SCALAR_BACKWARD_TILE = {"BLOCK_B": 8, "BLOCK_N": 32, "BLOCK_K": 16}
+FORWARD_LAUNCH = {"num_warps": 4, "num_stages": 2}
+BACKWARD_LAUNCH = {"num_warps": 4, "num_stages": 1}  # more than half of what a step loads feeds no product
 
 
 def cell_forward(
@@ -227,7 +229,7 @@ def cell_forward(
         x_ptr=x, h_ptr=h, c_ptr=c, w_ih_ptr=w_ih, w_hh_ptr=w_hh, b_ih_ptr=b_ih, b_hh_ptr=b_hh,
         h_new_ptr=h_new, c_new_ptr=c_new, gates_ptr=gates, B=B,
         **forward_constants(step, I, H, precision(x.dtype, allow_tf32, limits(x.device))),
-        **WARPS_AND_STAGES, **OPTIONS,
+        **FORWARD_LAUNCH, **OPTIONS,
     )  # fmt: skip
     return h_new, c_new, gates
 
@@ -253,15 +255,13 @@ def cell_backward(
     dx = torch.empty(B, I, dtype=h.dtype, device=h.device)
     dh = torch.empty_like(h)
     dc = None if c is None else torch.empty_like(c)
-    columns = BACKWARD_TILE["BLOCK_N"]
-    cell_backward_kernel[
-        triton.cdiv(B, BACKWARD_TILE["BLOCK_B"]), triton.cdiv(I, columns) + triton.cdiv(H, columns)
-    ](
+    constants = backward_constants(step, I, H, h.dtype, allow_tf32, limits(h.device))
+    columns = constants["BLOCK_N"]
+    cell_backward_kernel[triton.cdiv(B, constants["BLOCK_B"]), triton.cdiv(I, columns) + triton.cdiv(H, columns)](
         dh_new_ptr=dh_new, dc_new_ptr=dc_new, gates_ptr=gates, h_ptr=h if step.reads_h else None, c_ptr=c,
         c_new_ptr=c_new, w_ih_ptr=w_ih, w_hh_ptr=w_hh, dx_gates_ptr=dx_gates, dh_gates_ptr=dh_gates,
         dx_ptr=dx, dh_ptr=dh, dc_ptr=dc, B=B,
-        **backward_constants(step, I, H, precision(h.dtype, allow_tf32, limits(h.device))),
-        **WARPS_AND_STAGES, **OPTIONS,
+        **constants, **BACKWARD_LAUNCH, **OPTIONS,
     )  # fmt: skip
     return dx_gates, dx_gates if dh_gates is None else dh_gates, dx, dh, dc
 
@@ -281,16 +281,19 @@ def forward_constants(step: Step, I: int, H: int, precision: str) -> dict[str, A
     }
 
 
-def backward_constants(step: Step, I: int, H: int, precision: str) -> dict[str, Any]:  # noqa: E741
+def backward_constants(
+    step: Step, I: int, H: int, dtype: torch.dtype, allow_tf32: bool, limits: Limits  # noqa: E741
+) -> dict[str, Any]:  # fmt: skip
     """The compile-time arguments of the backward kernel."""
+    reads = precision(dtype, allow_tf32, limits)
     return {
         "I": I,
         "G": step.gates,
         "S": step.saved,
         "H": H,
         "STEP": step.backward,
-        "PRECISION": precision,
-        **BACKWARD_TILE,
+        "PRECISION": reads,
+        **(SCALAR_BACKWARD_TILE if scalar(dtype, reads, limits) else BACKWARD_TILE),
     }
 
 
@@ -335,7 +338,7 @@ def configurations(limits: Limits = LIMITS["sm_90"]) -> Iterator[dict[str, Any]]
             "dc_ptr": c,
         }
         constants = forward_constants(step, I, H, reads)
-        yield configuration(f"cell forward {name}", cell_forward_kernel, forward, constants, **WARPS_AND_STAGES)
-        yield configuration(f"cell forward {name} plain", cell_forward_kernel, plain, constants, **WARPS_AND_STAGES)
-        constants = backward_constants(step, I, H, reads)
-        yield configuration(f"cell backward {name}", cell_backward_kernel, backward, constants, **WARPS_AND_STAGES)
+        yield configuration(f"cell forward {name}", cell_forward_kernel, forward, constants, **FORWARD_LAUNCH)
+        yield configuration(f"cell forward {name} plain", cell_forward_kernel, plain, constants, **FORWARD_LAUNCH)
+        constants = backward_constants(step, I, H, dtype, allow_tf32, limits)
+        yield configuration(f"cell backward {name}", cell_backward_kernel, backward, constants, **BACKWARD_LAUNCH)

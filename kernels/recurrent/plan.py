@@ -77,6 +77,11 @@ def resident_bytes(cell: str, block_h: int, dtype: torch.dtype, limits: Limits) 
     return G * tile + (G + 1) * block_h * block_b(limits) * 4
 
 
+def scalar(dtype: torch.dtype, precision: str, limits: Limits) -> bool:
+    """Whether products run as chains of scalar multiplications, unrolled, where a smaller tile is wanted."""
+    return dtype == torch.float32 and precision == "ieee" and limits.backend == "cuda"
+
+
 @functools.cache
 def plan(cell: str, H: int, P: int, dtype: torch.dtype, allow_tf32: bool, limits: Limits) -> Plan:
     """The regime, and for the resident one its tiles, for a layer of hidden size H and output width P.
@@ -93,14 +98,13 @@ def plan(cell: str, H: int, P: int, dtype: torch.dtype, allow_tf32: bool, limits
         return Plan("stepwise", f"{size} needs {needed} bytes in one program, this device has {limits.shared}")
     if limits.backend == "hip" and STEPS[cell].gates * block_h * block_h * dtype.itemsize > 196_608:
         return Plan("stepwise", f"{size} has a recurrent weight that spills from this device's registers")
-    # Without TF32 these products run as long chains of scalar multiplications, unrolled.
     reads = precision(dtype, allow_tf32, limits)
-    scalar = dtype == torch.float32 and reads == "ieee" and limits.backend == "cuda"
-    if scalar and block_h > 64:
+    unrolled = scalar(dtype, reads, limits)
+    if unrolled and block_h > 64:
         return Plan("stepwise", f"{size} without TF32 is too much for one program")
     if block_h > 128:
         num_warps = 16
-    elif block_h > 64 or (scalar and block_h > 32):
+    elif block_h > 64 or (unrolled and block_h > 32):
         num_warps = 8
     else:
         num_warps = 4
