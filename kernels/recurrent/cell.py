@@ -8,7 +8,7 @@ which is cheaper than a second launch. Tiles are transposed, ``[units, batch]``,
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -198,12 +198,19 @@ def cell_backward_kernel(
     tl.store(out, acc.to(dx_ptr.dtype.element_ty), mask=(n < width) & mask_b)
 
 
-# Rows of the batch, columns of the result, and how far one product reaches.
-FORWARD_TILE = {"BLOCK_B": 16, "BLOCK_H": 32, "BLOCK_K": 32}
-BACKWARD_TILE = {"BLOCK_B": 16, "BLOCK_N": 64, "BLOCK_K": 32}
-SCALAR_BACKWARD_TILE = {"BLOCK_B": 8, "BLOCK_N": 32, "BLOCK_K": 16}
-FORWARD_LAUNCH = {"num_warps": 4, "num_stages": 2}
-BACKWARD_LAUNCH = {"num_warps": 4, "num_stages": 1}  # more than half of what a step loads feeds no product
+class Tiles(NamedTuple):
+    """Rows of the batch, columns of the result, how far one product reaches; and who computes a tile."""
+
+    rows: int
+    columns: int
+    reach: int
+    num_warps: int
+    num_stages: int
+
+
+# Found by compiling: none spills. Backward is not pipelined, as most of what it loads feeds no product.
+FORWARD, FORWARD_SCALAR = Tiles(16, 32, 32, 4, 2), Tiles(8, 32, 32, 4, 2)
+BACKWARD, BACKWARD_SCALAR = Tiles(16, 64, 32, 4, 1), Tiles(16, 32, 16, 8, 1)
 
 
 def cell_forward(
@@ -225,11 +232,11 @@ def cell_forward(
     h_new = torch.empty_like(h)
     c_new = None if c is None else torch.empty_like(c)
     gates = torch.empty(B, step.saved, H, dtype=h.dtype, device=h.device) if save else None
-    cell_forward_kernel[triton.cdiv(B, FORWARD_TILE["BLOCK_B"]), triton.cdiv(H, FORWARD_TILE["BLOCK_H"])](
+    tiles, constants = forward_plan(step, I, H, x.dtype, allow_tf32, limits(x.device))
+    cell_forward_kernel[triton.cdiv(B, tiles.rows), triton.cdiv(H, tiles.columns)](
         x_ptr=x, h_ptr=h, c_ptr=c, w_ih_ptr=w_ih, w_hh_ptr=w_hh, b_ih_ptr=b_ih, b_hh_ptr=b_hh,
         h_new_ptr=h_new, c_new_ptr=c_new, gates_ptr=gates, B=B,
-        **forward_constants(step, I, H, precision(x.dtype, allow_tf32, limits(x.device))),
-        **FORWARD_LAUNCH, **OPTIONS,
+        **constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages, **OPTIONS,
     )  # fmt: skip
     return h_new, c_new, gates
 
@@ -255,20 +262,24 @@ def cell_backward(
     dx = torch.empty(B, I, dtype=h.dtype, device=h.device)
     dh = torch.empty_like(h)
     dc = None if c is None else torch.empty_like(c)
-    constants = backward_constants(step, I, H, h.dtype, allow_tf32, limits(h.device))
-    columns = constants["BLOCK_N"]
-    cell_backward_kernel[triton.cdiv(B, constants["BLOCK_B"]), triton.cdiv(I, columns) + triton.cdiv(H, columns)](
+    tiles, constants = backward_plan(step, I, H, h.dtype, allow_tf32, limits(h.device))
+    columns = triton.cdiv(I, tiles.columns) + triton.cdiv(H, tiles.columns)
+    cell_backward_kernel[triton.cdiv(B, tiles.rows), columns](
         dh_new_ptr=dh_new, dc_new_ptr=dc_new, gates_ptr=gates, h_ptr=h if step.reads_h else None, c_ptr=c,
         c_new_ptr=c_new, w_ih_ptr=w_ih, w_hh_ptr=w_hh, dx_gates_ptr=dx_gates, dh_gates_ptr=dh_gates,
         dx_ptr=dx, dh_ptr=dh, dc_ptr=dc, B=B,
-        **constants, **BACKWARD_LAUNCH, **OPTIONS,
+        **constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages, **OPTIONS,
     )  # fmt: skip
     return dx_gates, dx_gates if dh_gates is None else dh_gates, dx, dh, dc
 
 
-def forward_constants(step: Step, I: int, H: int, precision: str) -> dict[str, Any]:  # noqa: E741
-    """The compile-time arguments of the forward kernel."""
-    return {
+def forward_plan(
+    step: Step, I: int, H: int, dtype: torch.dtype, allow_tf32: bool, limits: Limits  # noqa: E741
+) -> tuple[Tiles, dict[str, Any]]:  # fmt: skip
+    """The tiles and the compile-time arguments of the forward kernel."""
+    reads = precision(dtype, allow_tf32, limits)
+    tiles = FORWARD_SCALAR if scalar(dtype, reads, limits) else FORWARD
+    return tiles, {
         "I": I,
         "G": step.gates,
         "S": step.saved,
@@ -276,24 +287,29 @@ def forward_constants(step: Step, I: int, H: int, precision: str) -> dict[str, A
         "STEP": step.forward,
         "SPLITS": step.splits,
         "READS_H": step.reads_h,
-        "PRECISION": precision,
-        **FORWARD_TILE,
+        "BLOCK_B": tiles.rows,
+        "BLOCK_H": tiles.columns,
+        "BLOCK_K": tiles.reach,
+        "PRECISION": reads,
     }
 
 
-def backward_constants(
+def backward_plan(
     step: Step, I: int, H: int, dtype: torch.dtype, allow_tf32: bool, limits: Limits  # noqa: E741
-) -> dict[str, Any]:  # fmt: skip
-    """The compile-time arguments of the backward kernel."""
+) -> tuple[Tiles, dict[str, Any]]:  # fmt: skip
+    """The tiles and the compile-time arguments of the backward kernel."""
     reads = precision(dtype, allow_tf32, limits)
-    return {
+    tiles = BACKWARD_SCALAR if scalar(dtype, reads, limits) else BACKWARD
+    return tiles, {
         "I": I,
         "G": step.gates,
         "S": step.saved,
         "H": H,
         "STEP": step.backward,
+        "BLOCK_B": tiles.rows,
+        "BLOCK_N": tiles.columns,
+        "BLOCK_K": tiles.reach,
         "PRECISION": reads,
-        **(SCALAR_BACKWARD_TILE if scalar(dtype, reads, limits) else BACKWARD_TILE),
     }
 
 
@@ -337,8 +353,8 @@ def configurations(limits: Limits = LIMITS["sm_90"]) -> Iterator[dict[str, Any]]
             "dh_ptr": dtype,
             "dc_ptr": c,
         }
-        constants = forward_constants(step, I, H, reads)
-        yield configuration(f"cell forward {name}", cell_forward_kernel, forward, constants, **FORWARD_LAUNCH)
-        yield configuration(f"cell forward {name} plain", cell_forward_kernel, plain, constants, **FORWARD_LAUNCH)
-        constants = backward_constants(step, I, H, dtype, allow_tf32, limits)
-        yield configuration(f"cell backward {name}", cell_backward_kernel, backward, constants, **BACKWARD_LAUNCH)
+        tiles, constants = forward_plan(step, I, H, dtype, allow_tf32, limits)
+        yield configuration(f"cell forward {name}", cell_forward_kernel, forward, constants, *tiles[3:])
+        yield configuration(f"cell forward {name} plain", cell_forward_kernel, plain, constants, *tiles[3:])
+        tiles, constants = backward_plan(step, I, H, dtype, allow_tf32, limits)
+        yield configuration(f"cell backward {name}", cell_backward_kernel, backward, constants, *tiles[3:])
