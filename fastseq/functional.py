@@ -4,6 +4,7 @@ The stateless counterparts of the modules in ``fastseq.nn``; each takes what ``t
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from .ops.stock import stock
 from .reference import recurrent as reference
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
+
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 # What CPU autocast leaves in fp32; everything else, and all of it on a GPU, runs in the autocast dtype.
 _NOT_CAST_ON_CPU = {"gru", "gru_cell", "lstm_cell"}
@@ -286,7 +289,8 @@ def sequence(
         return sequence_ops.recurrent(*everything, keep, name)[:4]
 
     stacks = reference.stacked(params, has_biases, num_layers, 2 if bidirectional else 1)
-    y, final, cells = reference.network(run, input, hx, stacks, dropout if train else 0.0)
+    with _plainly(input.device.type):
+        y, final, cells = reference.network(run, input, hx, stacks, dropout if train else 0.0)
     cells = cells.to(y.dtype) if len(hx) == 2 and cells is not None else y
     outputs = [y, cells] if return_cells else [y]
     if packed_lengths is not None:
@@ -323,7 +327,7 @@ def check_lengths(lengths: Any, shape: tuple[int, ...], letters: str, longest: i
     """Raise unless ``lengths`` is None or integers of this shape; values are checked where that costs no sync."""
     if lengths is None:
         return
-    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+    if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
         got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
         raise TypeError(f"lengths: expected an integer tensor {letters}, got {got}")
     if tuple(lengths.shape) != shape:
@@ -358,7 +362,7 @@ def single(
         input, hx = input.to(dtype), tuple(state.to(dtype) for state in hx)
         weights = [None if w is None else w.to(dtype) for w in weights]
     state: Any = (*hx, None)[:2]
-    with torch.autocast(input.device.type, enabled=False):
+    with _plainly(input.device.type):
         if name == "reference":
             new = reference.single(cell, input, *state, *weights)
         else:
@@ -367,10 +371,20 @@ def single(
     return tuple(new[: len(hx)])
 
 
+def _autocasting(device: str) -> bool:
+    """Not every device type knows autocast: the meta device does not."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _plainly(device: str) -> AbstractContextManager[Any]:
+    """What is left in its own dtype under autocast is computed in it."""
+    return torch.autocast(device, enabled=False) if _autocasting(device) else nullcontext()
+
+
 def _autocast_dtype(cell: str, input: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks of this cell, as PyTorch's own operators follow it; None to leave it alone."""
     device = input.device.type
-    if not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
+    if not _autocasting(device) or input.dtype == torch.float64:
         return None
     if device == "cpu" and cell in _NOT_CAST_ON_CPU:
         return None

@@ -33,6 +33,14 @@ def _stock(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and not tensor.is_cuda and chosen() in _STOCK
 
 
+def _check_pair(hx: Any) -> None:
+    """The errors of torch.lstm and torch.lstm_cell for states that are not a pair."""
+    if isinstance(hx, Tensor):
+        raise TypeError("hx: expected a tuple (h, c), got a Tensor")
+    if isinstance(hx, tuple | list) and len(hx) != 2:
+        raise RuntimeError(f"hx: expected a tuple (h, c), got {len(hx)} tensors")
+
+
 class _Traced(torch.nn.Module):
     """What the older tracers need to treat a class of ours as they treat torch.nn's."""
 
@@ -125,7 +133,7 @@ class _Sequence(_Traced, torch.nn.RNNBase):
         if input.dim() not in (2, 3):
             raise ValueError(f"{self.mode}: expected input to be 2D or 3D, got {input.dim()}D tensor instead")
         batched = input.dim() == 3
-        states = self._split(hx)
+        states = self._split(hx, as_given=batched)
         for state in states:
             if state.dim() != input.dim():
                 raise RuntimeError(
@@ -160,7 +168,7 @@ class _Sequence(_Traced, torch.nn.RNNBase):
         if lengths is not None:
             raise ValueError("lengths: a PackedSequence brings its own; got lengths besides")
         data, batch_sizes, order, back = input
-        states = self._split(hx)
+        states = self._split(hx, as_given=True)
         if order is not None:
             states = tuple(state.index_select(1, order) for state in states)
         states = self._checked(data, states, batch_sizes)
@@ -177,10 +185,14 @@ class _Sequence(_Traced, torch.nn.RNNBase):
         y, *cells = (PackedSequence(o, batch_sizes, order, back) for o in (outputs[0], *outputs[1 + self._states :]))
         return [y, *final, *cells]
 
-    def _split(self, hx: Any) -> tuple[Tensor, ...]:
-        if hx is None:
-            return ()
-        return (hx,) if self._states == 1 else (hx[0], hx[1])
+    def _split(self, hx: Any, as_given: bool) -> tuple[Tensor, ...]:
+        """The states in hx, which must be a pair where torch.nn.LSTM hands it on as it is."""
+        if hx is None or self._states == 1:
+            return () if hx is None else (hx,)
+        pair = (hx[0], hx[1])
+        if as_given and not (isinstance(hx, Tensor) and hx.dim() < 4):
+            _check_pair(hx)
+        return pair
 
     def _checked(self, input: Tensor, states: tuple[Tensor, ...], batch_sizes: Tensor | None) -> tuple[Tensor, ...]:
         """The initial states, zeros if none were given, after torch.nn's own checks of type, size and device."""
@@ -189,10 +201,24 @@ class _Sequence(_Traced, torch.nn.RNNBase):
             if self._states == 2:
                 sizes.append((*sizes[0][:2], self.hidden_size))
             states = tuple(input.new_zeros(size) for size in sizes)
+        casting = torch._C._is_any_autocast_enabled()
+        if self._states == 2 and batch_sizes is not None and not casting:
+            # torch.nn.LSTM does not check packed input itself: its operator does, with errors of other types.
+            dtype = self._flat_weights[0].dtype  # type: ignore[union-attr]
+            if input.dtype != dtype:
+                raise RuntimeError(f"input: expected {dtype} as the weights, got {input.dtype}")
+            for state in states:
+                if state.dim() < 3:
+                    raise IndexError(f"hx: expected 3-D, got a {state.dim()}-D tensor")
         self.check_forward_args(input, states if self._states == 2 else states[0], batch_sizes)  # type: ignore[arg-type]
+        device = getattr(self, self._flat_weights_names[0]).device
+        if input.device != device:
+            raise RuntimeError(f"input: expected device {device} as the weights, got {input.device}")
         for state in states:
             if state.device != input.device:
                 raise RuntimeError(f"hx: expected device {input.device} as the input, got {state.device}")
+            if state.dtype != input.dtype and not casting:
+                raise RuntimeError(f"hx: expected {input.dtype} as the input, got {state.dtype}")
         return states
 
     def _call(self, input: Tensor, states: tuple[Tensor, ...], *, batch_first: bool, **keywords: Any) -> Any:
@@ -301,9 +327,11 @@ class _Cell(_Traced, torch.nn.RNNCellBase):
                 if hx is None:
                     hx = torch.zeros(input.shape[0], self.hidden_size, dtype=input.dtype, device=input.device)
                     return _CELLS[kind](input, (hx, hx) if pair else hx, *weights)
-                if (hx[0].dim() == hx[1].dim() == 2) if pair else hx.dim() == 2:
+                if (type(hx) is tuple and len(hx) == 2 and hx[0].dim() == hx[1].dim() == 2) if pair else hx.dim() == 2:
                     return _CELLS[kind](input, hx, *weights)
             return super().forward(input, hx)
+        if pair and hx is not None and input.dim() == 2:
+            _check_pair(hx)
         new = self._step(input, () if hx is None else (hx[0], hx[1]) if pair else (hx,), reset)
         return (new[0], new[1]) if pair else new[0]
 

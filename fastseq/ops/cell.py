@@ -74,7 +74,7 @@ def _forward(
             allow_tf32=torch.backends.cuda.matmul.fp32_precision == "tf32",
         )
     else:  # a sequence of one step
-        x = torch.nn.functional.linear(input, w_ih, b_ih).view(1, B, 1, -1)
+        x = torch.nn.functional.linear(input, w_ih, b_ih)[None, :, None]
         one: Any = [None if t is None else t[None].contiguous() for t in (w_hh, b_hh, None, h, c)] + [None, None]
         _, new, c_new, _, gates = loop.sequence_forward(cell, x, *one, save=save, allow_tf32=False)
     return (
@@ -134,7 +134,7 @@ def _backward(
             None,
             allow_tf32=False,
         )
-        dx, dr = dx.view(B, -1), dr.view(B, -1)
+        dx, dr = dx.flatten(0, 2), dr.flatten(0, 2)
         dinput, dh, dc = dx @ w_ih, dh.view(B, H), None if dc is None else dc.view(B, H)
     none = input.new_empty(0)
     return (

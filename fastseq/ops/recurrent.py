@@ -130,12 +130,11 @@ def _forward(
         save=keep == "gates",
         allow_tf32=_tf32(),
     )
-    T, B = input.shape[:2]
     return (
-        y.view(T, B, -1),
+        y.flatten(2),
         h_n,
         empty if c_n is None else c_n,
-        _wide(empty) if cells is None or keep == "nothing" else cells.view(T, B, -1),
+        _wide(empty) if cells is None or keep == "nothing" else cells.flatten(2),
         empty.clone() if gates is None else gates,
     )
 
@@ -284,7 +283,7 @@ def _gates_again(
 def _weight_gradient(d: Tensor, x: Tensor) -> Tensor:
     """The sum over time and batch of d ⊗ x, for each direction: ``[T, B, D, M], [T, B, D, N] -> [D, M, N]``."""
     T, B, D, M = d.shape
-    return torch.bmm(d.view(T * B, D, M).permute(1, 2, 0), x.reshape(T * B, D, -1).transpose(0, 1))
+    return torch.bmm(d.view(T * B, D, M).permute(1, 2, 0), x.flatten(0, 1).transpose(0, 1))
 
 
 recurrent = operator(
