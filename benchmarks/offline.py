@@ -26,7 +26,7 @@ COLUMNS = {
     "shared": "bytes per program, as asked for at launch",
     "too_large": "the target has less shared memory than that for one program",
     "spills": "loads and stores of spilled registers, counted in the code (LDL, STL; on gfx942 scratch)",
-    "dots": "products that tensor cores could do; dots64: those with a multiple of 64 rows",
+    "dots": "products that tensor cores could do; warp_group_dots: those that sm_90 could do by warp groups",
     "instructions": "in the whole kernel",
     "loop_": "the same, but only in code that runs more than once",
     "hgmma, hmma, utcmma, mfma": "tensor-core instructions of sm_90, sm_80 and later, sm_100, gfx942",

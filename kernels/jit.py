@@ -1,6 +1,7 @@
 """Small jit functions that every kernel may use, and the few facts about Triton that launchers need."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -87,6 +88,17 @@ def time_of(s, T, d):
 def row_of(t, start, d, B, D: tl.constexpr):
     """The row of ``[T, B, D, ...]`` at which a program's tile begins; 64 bits, for T*B*D*width may be large."""
     return (B.to(tl.int64) * t + start) * D + d
+
+
+def on_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """A launcher ``(cell, tensor, ...)`` that launches where the tensor lives; Triton takes the current device."""
+
+    @functools.wraps(launcher)
+    def inside(cell: str, tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        with torch.cuda.device_of(tensor):  # for a CPU tensor, nothing
+            return launcher(cell, tensor, *arguments, **options)
+
+    return inside
 
 
 NAMES = {

@@ -132,7 +132,6 @@ def test_language_model_is_the_same_swapped(run, cell):
     assert made["verdict"] == {"equal": True, "reasons": []}
     assert made["losses"]["fastseq"] == made["losses"]["torch"]  # on a CPU it is the same operator
     assert len(made["losses"]["torch"]) == len(made["loss_check"]["tolerance"]) == 8
-    assert made["losses"]["torch, nudged"] != made["losses"]["torch"]
     assert made["sample"].startswith("The ")
     assert len(made["sample"]) == len("The ") + 20
     assert [row["name"] for row in made["times"]["rows"]] == ["torch", "fastseq", "torch, nudged"]
@@ -144,8 +143,9 @@ def test_language_model_is_the_same_swapped(run, cell):
 
 def test_language_model_learns(run):
     assert run("compare", "--steps", "60", "--device", "cpu")[0] == 0
-    losses = record()["losses"]["fastseq"]
-    assert sum(losses[-10:]) / 10 < losses[0] - 0.5
+    losses = record()["losses"]
+    assert sum(losses["fastseq"][-10:]) / 10 < losses["fastseq"][0] - 0.5
+    assert losses["torch, nudged"] != losses["torch"]  # or it would measure nothing
 
 
 def test_another_implementation_agrees_within_what_rounding_does(run):

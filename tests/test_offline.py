@@ -177,7 +177,7 @@ def test_idle_tensor_cores_are_caught(toys: dict[str, offline.Figures]) -> None:
     idle = dict.fromkeys(offline.TENSOR_CORES, 0)
     ampere, hopper = toys["good sm_80"] | idle, toys["good sm_90"] | idle | {"hmma": 4}
     assert "none on tensor cores" in offline.violations("good sm_80", ampere)[0]
-    assert "none by warp groups" in offline.violations("good sm_90", hopper)[0]
+    assert "none done so" in offline.violations("good sm_90", hopper)[0]
 
 
 def test_a_kernel_without_a_product_uses_no_tensor_cores(toys: dict[str, offline.Figures]) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from fastseq.cli.show import Mistake
 
-__all__ = ["LAYERS", "Characters", "Corpus", "Sizes", "Training", "sample"]
+__all__ = ["LAYERS", "RATES", "Characters", "Corpus", "Sizes", "Training", "sample"]
 
 LAYERS: dict[str, Callable[..., nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+RATES = {"lstm": 0.5, "gru": 0.5, "rnn": 0.2}  # learning rates
 SEED = 0
 PROMPT = "The "
 SAMPLE_LENGTH = 320
@@ -29,7 +30,7 @@ class Sizes:
     hidden: int = 256
     time: int = 64
     batch: int = 32
-    learning_rate: float = 3e-3
+    momentum: float = 0.9
     clip: float = 1.0
 
 
@@ -64,6 +65,7 @@ class Characters(nn.Module):
 
     def __init__(self, cell: str, vocabulary: int, sizes: Sizes) -> None:
         super().__init__()
+        self.cell = cell
         self.embedding = nn.Embedding(vocabulary, sizes.embedding)
         self.rnn = LAYERS[cell](sizes.embedding, sizes.hidden, batch_first=True)
         self.head = nn.Linear(sizes.hidden, vocabulary)
@@ -78,7 +80,9 @@ class Training:
 
     def __init__(self, model: Characters, batches: Tensor, sizes: Sizes) -> None:
         self.model, self.batches, self.sizes = model, batches, sizes
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=sizes.learning_rate)
+        # Adam learns no better here, but it divides by the gradient's size and so turns the rounding of a small
+        # gradient into a whole step: after 300 steps equal runs were 1000 times further apart than with SGD.
+        self.optimizer = torch.optim.SGD(model.parameters(), RATES[model.cell], momentum=sizes.momentum)
         self.losses: list[Tensor] = []
         self._state: Any = None
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastseq.cli import plot
-from fastseq.cli.characters import LAYERS, SEED, Characters, Corpus, Sizes, Training, sample
+from fastseq.cli.characters import LAYERS, RATES, SEED, Characters, Corpus, Sizes, Training, sample
 from fastseq.cli.compare import Settings, swapped_pair, switches
 from fastseq.cli.equality import Call, compare_models, describe, nudge_
 from fastseq.cli.show import folder, progress, show_race, show_text, write_record
@@ -83,7 +83,8 @@ def language(cell: str, steps: int, settings: Settings, output: Path) -> bool:
 
     record: dict[str, object] = {
         "settings": {
-            "model": {"cell": cell, "seed": SEED, "vocabulary": len(corpus.vocabulary), **asdict(sizes)},
+            "model": {"cell": cell, "vocabulary": len(corpus.vocabulary), **asdict(sizes)},
+            "training": {"seed": SEED, "learning_rate": RATES[cell]},
             "text": {"source": "pydoc_data.topics", "characters": len(corpus.text)},
             "steps": steps, **settings.record(),
         },

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..jit import NAMES, OPTIONS, cast_tiles, configuration, dot, load_tiles, store_tiles
+from ..jit import NAMES, OPTIONS, cast_tiles, configuration, dot, load_tiles, on_device, store_tiles
 from .plan import DTYPES, LIMITS, Limits, limits, precision, scalar
 from .plan import unsupported as unsupported
 from .steps import STEPS, Step
@@ -209,10 +209,11 @@ class Tiles(NamedTuple):
 
 
 # Found by compiling: none spills. Backward is not pipelined, as most of what it loads feeds no product.
-FORWARD, FORWARD_SCALAR = Tiles(16, 32, 32, 4, 2), Tiles(8, 32, 32, 4, 2)
+FORWARD, FORWARD_SCALAR = Tiles(16, 32, 32, 4, 2), Tiles(16, 32, 16, 8, 2)
 BACKWARD, BACKWARD_SCALAR = Tiles(16, 64, 32, 4, 1), Tiles(16, 32, 16, 8, 1)
 
 
+@on_device
 def cell_forward(
     cell: str,
     x: Tensor,  # [B, I]
@@ -241,6 +242,7 @@ def cell_forward(
     return h_new, c_new, gates
 
 
+@on_device
 def cell_backward(
     cell: str,
     dh_new: Tensor,  # [B, H]

@@ -14,7 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..jit import NAMES, OPTIONS, cast_tiles, configuration, keep_tiles, load_tiles, row_of, store_tiles, time_of
+from ..jit import (
+    NAMES,
+    OPTIONS,
+    cast_tiles,
+    configuration,
+    keep_tiles,
+    load_tiles,
+    on_device,
+    row_of,
+    store_tiles,
+    time_of,
+)
 from .plan import DTYPES
 from .steps import STEPS, Step
 
@@ -290,6 +301,7 @@ def projection_constants(D: int, P: int) -> dict[str, Any]:
     return {"D": D, "P": P, "BLOCK_B": rows, "BLOCK_P": columns}
 
 
+@on_device
 def step_gates(cell: str, x: Tensor, h: Tensor, c_prev: Tensor | None) -> Tensor:
     """The saved gates ``[N, S, H]`` of N steps at once, from their pre-activations.
 

@@ -25,6 +25,7 @@ from ..jit import (
     dot,
     keep_tiles,
     load_tiles,
+    on_device,
     row_of,
     select_tiles,
     store_tiles,
@@ -244,6 +245,7 @@ def sequence_backward_kernel(
         tl.store(dc0_ptr + initial + b * H + h, dstate[1].to(dc0_ptr.dtype.element_ty), mask=mask)
 
 
+@on_device
 def sequence_forward(
     cell: str,
     x: Tensor,  # [T, B, D, G*H]  input gates
@@ -282,6 +284,7 @@ def sequence_forward(
     return y, h_n, c_n, cells, gates
 
 
+@on_device
 def sequence_backward(
     cell: str,
     dy: Tensor,  # [T, B, D, P]

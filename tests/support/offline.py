@@ -35,7 +35,9 @@ from fastseq.kernels.recurrent.plan import LIMITS
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".pytest_cache" / "d" / "offline"
-TABLE = ROOT / "benchmarks" / "results" / "offline" / f"triton-{triton.__version__.split('+')[0]}.json"
+RELEASE = triton.__version__.split("+")[0]
+VERSION = tuple(int(part) for part in RELEASE.split(".")[:2])
+TABLE = ROOT / "benchmarks" / "results" / "offline" / f"triton-{RELEASE}.json"
 # Each has configurations(), which yields dicts: name, fn, signature, constexprs, num_warps, num_stages.
 KERNELS = [f"fastseq.kernels.recurrent.{name}" for name in ("sequence", "pointwise", "cell")]
 WORKERS = 2
@@ -202,16 +204,20 @@ def count(backend: str, code: list[Instruction], inside: set[int], spill: Any) -
 
 
 def dots(ttir: str) -> Figures:
-    """How many products tensor cores could do (``dots``), and how many a warp group could (``dots64``).
+    """How many products tensor cores could do (``dots``), and how many a warp group could (``warp_group_dots``).
 
-    float32 counts only where the kernel asked for TF32; the instruction of a warp group takes 64 rows.
+    float32 counts only where the kernel asked for TF32. The instruction of a warp group (sm_90) takes 64 rows;
+    of the columns Triton 3.9 gives it 8 or more, 3.6 only 16 or more, and it leaves the rest to single warps.
     """
+    columns_least = 8 if VERSION >= (3, 9) else 16
     shapes = []
     for line in re.findall(r"tt\.dot .*", ttir):
-        rows, dtype = re.search(r": tensor<(?:\d+x)*?(\d+)x\d+x(\w+)> \*", line).groups()
+        left, right = re.search(r": tensor<([^>]*)> \* tensor<([^>]*)>", line).groups()
+        rows, _, dtype = left.split("x")[-3:]
         if dtype in ("f16", "bf16") or (dtype == "f32" and "tf32" in line):
-            shapes.append(int(rows))
-    return {"dots": len(shapes), "dots64": sum(rows % 64 == 0 for rows in shapes)}
+            shapes.append((int(rows), int(right.split("x")[-2])))
+    wide = sum(rows % 64 == 0 and columns >= columns_least for rows, columns in shapes)
+    return {"dots": len(shapes), "warp_group_dots": wide}
 
 
 def parse_sass(listing: str) -> tuple[list[Instruction], dict[str, int]]:
@@ -312,8 +318,8 @@ def violations(row: str, figures: Figures) -> list[str]:
         wrong.append(f"{row}: {figures['shared']} bytes of shared memory, {name} has {target.shared}")
     if figures["dots"] and not any(figures.get(kind) for kind in TENSOR_CORES):
         wrong.append(f"{row}: {figures['dots']} products, none on tensor cores")
-    if name == "sm_90" and figures["dots64"] and not figures["num_warps"] % 4 and not figures["hgmma"]:
-        wrong.append(f"{row}: {figures['dots64']} products of 64 rows, none by warp groups (HGMMA)")
+    if name == "sm_90" and figures["warp_group_dots"] and not figures["num_warps"] % 4 and not figures["hgmma"]:
+        wrong.append(f"{row}: {figures['warp_group_dots']} products for warp groups, none done so (HGMMA)")
     return wrong
 
 
