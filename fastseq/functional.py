@@ -245,7 +245,7 @@ def sequence(
     recompute: bool = False,
 ) -> tuple[Tensor, ...]:
     """All cells, packed or padded: ``batch_sizes`` says that the input is the data of a sorted PackedSequence."""
-    dtype = _autocast_dtype(cell, input)
+    dtype = _autocast_dtype(cell, input, hx[0])
     if dtype is not None:
         input, *rest = (t.to(dtype) for t in (input, *hx, *params))
         hx, params = tuple(rest[: len(hx)]), rest[len(hx) :]
@@ -259,7 +259,8 @@ def sequence(
     plain = reset is None and lengths is None and not (return_cells or recompute)
     name = ""  # a compiled graph carries no choice: it is made when the graph runs
     if not torch.compiler.is_compiling():
-        name = choose_sequence(cell, input, params, batch_first, not plain).name
+        steps = input.shape[1 if batch_first else 0] if batch_sizes is None else len(batch_sizes)
+        name = choose_sequence(cell, input, params, steps, not plain).name
         if plain and name == "torch":
             settings = (has_biases, num_layers, dropout, train, bidirectional)
             return stock(cell, input, hx, params, settings, batch_first, batch_sizes)
@@ -300,9 +301,9 @@ def sequence(
     return (outputs[0], *final, *outputs[1:])
 
 
-def choose_sequence(cell: str, input: Tensor, params: Sequence[Tensor], batch_first: bool, beyond: bool) -> Choice:
+def choose_sequence(cell: str, input: Tensor, params: Sequence[Tensor], steps: int, beyond: bool) -> Choice:
     """Which implementation runs a whole sequence, all layers alike; ``beyond`` if a keyword of ours is used."""
-    return sequence_ops.choice(cell, input.transpose(0, 1) if batch_first else input, params[1], beyond)
+    return sequence_ops.choice(cell, input, params[1], steps, beyond)
 
 
 def choose_single(cell: str, input: Tensor, w_hh: Tensor) -> Choice:
@@ -332,7 +333,8 @@ def check_lengths(lengths: Any, shape: tuple[int, ...], letters: str, longest: i
         raise TypeError(f"lengths: expected an integer tensor {letters}, got {got}")
     if tuple(lengths.shape) != shape:
         raise ValueError(f"lengths: expected {letters} = {list(shape)}, got {list(lengths.shape)}")
-    if lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
+    by_value = not torch.compiler.is_compiling() and not torch._C._functorch.is_batchedtensor(lengths)
+    if by_value and lengths.device.type == "cpu" and lengths.numel():
         low, high = (int(bound) for bound in lengths.aminmax())
         if low < 0 or high > longest:
             raise ValueError(f"lengths: expected values from 0 to T = {longest}, got {low} to {high}")
@@ -357,7 +359,7 @@ def single(
         states = getattr(torch, f"{cell}_cell")(input, hx if cell == "lstm" else hx[0], *weights)
         return states if cell == "lstm" else (states,)
     new: Any
-    dtype = _autocast_dtype(f"{cell}_cell", input)
+    dtype = _autocast_dtype(f"{cell}_cell", input, hx[0])
     if dtype is not None:
         input, hx = input.to(dtype), tuple(state.to(dtype) for state in hx)
         weights = [None if w is None else w.to(dtype) for w in weights]
@@ -381,11 +383,11 @@ def _plainly(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if _autocasting(device) else nullcontext()
 
 
-def _autocast_dtype(cell: str, input: Tensor) -> torch.dtype | None:
+def _autocast_dtype(cell: str, input: Tensor, state: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks of this cell, as PyTorch's own operators follow it; None to leave it alone."""
     device = input.device.type
     if not _autocasting(device) or input.dtype == torch.float64:
         return None
     if device == "cpu" and cell in _NOT_CAST_ON_CPU:
-        return None
+        return state.dtype  # these add cast products to a state that is not cast: its dtype wins
     return torch.get_autocast_dtype(device)

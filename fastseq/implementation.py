@@ -3,6 +3,7 @@
 import contextvars
 import functools
 import importlib.util
+import inspect
 from collections.abc import Callable
 from contextlib import ContextDecorator
 from dataclasses import dataclass
@@ -74,6 +75,17 @@ class use(ContextDecorator):  # noqa: N801  (reads as a verb: `with fastseq.use(
         _chosen.reset(self._tokens.pop())
 
     def __call__(self, function: _T) -> _T:
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def awaited(*args: Any, **kwargs: Any) -> Any:
+                with use(self.name):  # a task has a context of its own
+                    return await function(*args, **kwargs)
+
+            return awaited  # type: ignore[return-value]
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError("use: cannot decorate a generator, whose caller would share the choice; write it inside")
+
         @functools.wraps(function)  # type: ignore[arg-type]
         def inside(*args: Any, **kwargs: Any) -> Any:
             with use(self.name):  # an object of its own per call: threads may share the decorated function

@@ -238,11 +238,13 @@ class _Sequence(_Traced, torch.nn.RNNBase):
         return_cells: bool = False,
         recompute: bool = False,
     ) -> Choice:
-        data = input.data if isinstance(input, PackedSequence) else input
+        if isinstance(input, PackedSequence):
+            data, steps = input.data, len(input.batch_sizes)
+        else:
+            data, steps = input, input.shape[1 if self.batch_first and input.dim() == 3 else 0]
         weights = [getattr(self, name) for name in self._flat_weights_names]
-        batch_first = self.batch_first and data is input and data.dim() == 3
         beyond = reset is not None or lengths is not None or return_cells or recompute
-        return functional.choose_sequence(self.mode.lower(), data, weights, batch_first, beyond)
+        return functional.choose_sequence(self.mode.lower(), data, weights, steps, beyond)
 
 
 class RNN(_Sequence, torch.nn.RNN):

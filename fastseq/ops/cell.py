@@ -14,7 +14,7 @@ from ..implementation import Choice, Unsupported, choose, chosen, gpu, kernel_re
 from ..reference.recurrent import single
 from . import loop
 from .library import operator
-from .recurrent import SAVED
+from .recurrent import SAVED, fold
 
 
 def choice(cell: str, input: Tensor, w_hh: Tensor) -> Choice:
@@ -74,8 +74,10 @@ def _forward(
             allow_tf32=torch.backends.cuda.matmul.fp32_precision == "tf32",
         )
     else:  # a sequence of one step
-        x = torch.nn.functional.linear(input, w_ih, b_ih)[None, :, None]
-        one: Any = [None if t is None else t[None].contiguous() for t in (w_hh, b_hh, None, h, c)] + [None, None]
+        bias, recurrent_bias = fold(cell, b_ih, b_hh)
+        x = torch.nn.functional.linear(input, w_ih, bias)[None, :, None]
+        one: Any = [None if t is None else t[None].contiguous() for t in (w_hh, recurrent_bias, None, h, c)]
+        one += [None, None]
         _, new, c_new, _, gates = loop.sequence_forward(cell, x, *one, save=save, allow_tf32=False)
     return (
         new.view(B, H),

@@ -57,8 +57,9 @@ def operator(
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
             cell, implementation = ctx.settings
-            found = overload_backward(cell, *grads[: outputs - 1], *ctx.saved_tensors, implementation)
-            wanted = zip(found, ctx.saved_tensors, ctx.needs_input_grad[1:], strict=False)
+            saved = ctx.saved_tensors  # read once: a checkpoint unpacks a tensor no second time
+            found = overload_backward(cell, *grads[: outputs - 1], *saved, implementation)
+            wanted = zip(found, saved, ctx.needs_input_grad[1:], strict=False)
             kept = [g if t is not None and need else None for g, t, need in wanted]
             return None, *kept, *(None for _ in kinds[differentiable:]), None, None
 
@@ -74,8 +75,8 @@ def operator(
 
         @staticmethod
         def backward(ctx: Any, *tangents: Tensor | None) -> Any:
-            grads = ctx.saved_tensors[: outputs - 1]
-            given = ctx.saved_tensors[outputs - 1 :][: len(kinds)]
+            saved = ctx.saved_tensors
+            grads, given = saved[: outputs - 1], saved[outputs - 1 :][: len(kinds)]
             variables, constants = given[:differentiable], given[differentiable:]
             to_inputs, to_grads = second_order(lambda *x: formula(ctx.cell, *x, *constants), variables, grads, tangents)
             rest = (None for _ in range(len(constants) + outputs + 1))
@@ -106,13 +107,13 @@ def _define(schema: str, kernel: Function, shapes: Function, gradient: type[torc
     torch.library.register_fake(f"fastseq::{name}", shapes, lib=LIBRARY)
 
     def autograd(*args: Any) -> Any:
+        _refuse_forward_mode(name, args)
         if needs_gradient(args):
             if torch._C._are_functorch_transforms_active():
                 raise NotImplementedError(
                     f"fastseq::{name} has no gradient under torch.func; use fastseq.use('reference')"
                 )
             return gradient.apply(*args)
-        _refuse_forward_mode(name, args)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 

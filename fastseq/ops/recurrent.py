@@ -21,10 +21,11 @@ SAVED = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 4}  # values a step sav
 CUDNN_LONGEST = 65_535  # steps; cuDNN fails beyond (pytorch/pytorch#133751)
 
 
-def choice(cell: str, input: Tensor, w_hh: Tensor, beyond: bool) -> Choice:
+def choice(cell: str, input: Tensor, w_hh: Tensor, steps: int, beyond: bool) -> Choice:
     """Which implementation runs a layer, and why.
 
-    input is time first, w_hh ``[..., G*H, P]``; ``beyond``: more is asked than PyTorch's own operator does.
+    w_hh ``[..., G*H, P]``; ``steps``: of time, which packed data hides;
+    ``beyond``: more is asked than PyTorch's own operator does.
     """
 
     def fastest() -> tuple[str, str]:
@@ -34,7 +35,7 @@ def choice(cell: str, input: Tensor, w_hh: Tensor, beyond: bool) -> Choice:
             return "torch", "on the CPU PyTorch's own operator is the fastest"
         if beyond:
             return "triton", "PyTorch's own operator cannot do this, and a loop in Python is slower than kernels"
-        if input.shape[0] > CUDNN_LONGEST:
+        if steps > CUDNN_LONGEST:
             return "triton", f"cuDNN fails beyond {CUDNN_LONGEST} steps"
         return "torch", "no measurement shows the kernels to be faster on this device"
 
@@ -64,14 +65,14 @@ def _resolve(implementation: str, cell: str, input: Tensor, w_hh: Tensor) -> str
         return implementation
     if chosen() == "reference":
         raise Unsupported("reference: a compiled graph would unroll its loop over time")
-    return choice(cell, input, w_hh, beyond=True).name
+    return choice(cell, input, w_hh, input.shape[0], beyond=True).name
 
 
 def _tf32() -> bool:
     return bool(cudnn_rnn.fp32_precision == "tf32")  # type: ignore[attr-defined]  # made at import
 
 
-def _fold(cell: str, b_ih: Tensor | None, b_hh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def fold(cell: str, b_ih: Tensor | None, b_hh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The bias of the input gates and that of the recurrent gates: one, where the step only adds the gates up."""
     if b_ih is None or b_hh is None or cell == "gru":
         return b_ih, b_hh
@@ -122,7 +123,7 @@ def _forward(
     if name == "torch" and keep == "nothing" and reset is None and lengths is None:
         y, *final = _stock(cell, input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0)
         return (y, *final, *([empty] if c0 is None else []), _wide(empty), empty.clone())
-    bias, recurrent_bias = _fold(cell, b_ih, b_hh)
+    bias, recurrent_bias = fold(cell, b_ih, b_hh)
     y, h_n, c_n, cells, gates = _engine(name).sequence_forward(
         cell,
         _input_gates(input, w_ih, bias),
@@ -269,7 +270,7 @@ def _gates_again(
 ) -> Tensor:
     """The gates of every step, recomputed from the states they read: one matrix product in place of T."""
     T, B, D, _ = h_prev.shape
-    bias, recurrent_bias = _fold(cell, b_ih, b_hh)
+    bias, recurrent_bias = fold(cell, b_ih, b_hh)
     x = _input_gates(input, w_ih, bias)
     h = torch.einsum("tbdp,dgp->tbdg", h_prev, w_hh)
     if recurrent_bias is not None:

@@ -42,7 +42,7 @@ def stock(
         return operator(input, batch_sizes, *arguments)  # type: ignore[no-any-return]
 
     tensors = (input, *hx, *params)
-    if not gpu(input) or not needs_gradient(tensors):
+    if not gpu(input) or not needs_gradient(tensors) or torch._C._are_functorch_transforms_active():
         return run(settings[3], *tensors)
 
     def formula(input: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
@@ -100,8 +100,9 @@ class Stock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        saved = ctx.saved_tensors  # raises if the graph has been freed
         if torch.is_grad_enabled():
-            leaves: Any = [t.view_as(t) for t in ctx.saved_tensors]
+            leaves: Any = [t.view_as(t) for t in saved]
             outputs = ctx.formula(*leaves)
         else:
             leaves, outputs = ctx.graph
