@@ -108,9 +108,7 @@ def states_read(case: Case, all_after: Tensor, initial: Tensor) -> Tensor:
 def run_forward(case: Case, dtype: torch.dtype, save: bool = True) -> tuple[Any, ...]:
     given = (case[k] if case[k] is None else case[k].to(dtype) for k in INPUTS)
     with torch.no_grad():
-        return loop.sequence_forward(
-            case["cell"], *given, case["reset"], case["lengths"], save=save, allow_tf32=False
-        )
+        return loop.sequence_forward(case["cell"], *given, case["reset"], case["lengths"], save=save, allow_tf32=False)
 
 
 def run_backward(
@@ -193,9 +191,7 @@ def test_loop_is_the_reference(cell: str, D: int, project: bool, masks: str) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("masks", ["plain", "reset+lengths"])
 @pytest.mark.parametrize(("cell", "D", "project"), SHAPES)
-def test_error_is_within_twice_torchs(
-    cell: str, D: int, project: bool, masks: str, dtype: torch.dtype
-) -> None:
+def test_error_is_within_twice_torchs(cell: str, D: int, project: bool, masks: str, dtype: torch.dtype) -> None:
     assert_agrees(make_case(cell, D, project, masks), dtype)
 
 

@@ -326,8 +326,7 @@ def test_report_reads_as_a_table() -> None:
     width = len(f"{MyLSTM.__module__}.MyLSTM")
     assert lines == [
         f"encoder  {'torch.nn.LSTM':{width}}  -> fastseq.LSTM",
-        f"own      {MyLSTM.__module__}.MyLSTM  "
-        "kept: a subclass of torch.nn.LSTM, which may compute something else",
+        f"own      {MyLSTM.__module__}.MyLSTM  kept: a subclass of torch.nn.LSTM, which may compute something else",
         "1 swapped, 1 kept",
     ]
     root = "(the model)  torch.nn.GRU  -> fastseq.GRU\n1 swapped, 0 kept"

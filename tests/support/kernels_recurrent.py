@@ -73,9 +73,7 @@ def by_reference(layer: Layer, dtype: torch.dtype) -> Tensors:
     outputs = reference.layer(layer.cell, **leaves, reset=layer.reset, lengths=layer.lengths)
     named = {k: t for k, t in zip(("y", "h_n", "c_n", "cells"), outputs, strict=True) if t is not None}
     wanted = {k: t for k, t in leaves.items() if t is not None}
-    gradients = torch.autograd.grad(
-        list(named.values()), list(wanted.values()), [g.to(dtype) for g in layer.gradients]
-    )
+    gradients = torch.autograd.grad(list(named.values()), list(wanted.values()), [g.to(dtype) for g in layer.gradients])
     return {k: t.detach() for k, t in named.items()} | dict(zip(wanted, gradients, strict=True))
 
 
