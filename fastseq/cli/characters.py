@@ -81,7 +81,7 @@ class Training:
     def __init__(self, model: Characters, batches: Tensor, sizes: Sizes) -> None:
         self.model, self.batches, self.sizes = model, batches, sizes
         # Adam learns no better here, but it divides by the gradient's size and so turns the rounding of a small
-        # gradient into a whole step: after 300 steps equal runs were 1000 times further apart than with SGD.
+        # gradient into a whole step: after 300 steps equal runs were hundreds of times further apart.
         self.optimizer = torch.optim.SGD(model.parameters(), RATES[model.cell], momentum=sizes.momentum)
         self.losses: list[Tensor] = []
         self._state: Any = None

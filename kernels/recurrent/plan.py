@@ -20,6 +20,11 @@ from .steps import STEPS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def repeats(cell: str, dtype: torch.dtype) -> bool:
+    """Whether a kernel compiles to what another does, but for an instruction: fp16 as bf16, ReLU as tanh."""
+    return dtype == torch.float16 or cell == "rnn_relu"
+
+
 class Limits(NamedTuple):
     """What of a device decides: the compiler behind it, and the shared memory one program may have, in bytes."""
 

@@ -31,7 +31,7 @@ from ..jit import (
     store_tiles,
     time_of,
 )
-from .plan import DTYPES, LIMITS, Limits, Plan, limits, plan
+from .plan import DTYPES, LIMITS, Limits, Plan, limits, plan, repeats
 from .plan import unsupported as unsupported
 from .pointwise import step_gates as step_gates
 from .steps import STEPS, Step
@@ -350,8 +350,10 @@ def constants(step: Step, function: triton.JITFunction, how: Plan, D: int, H: in
 
 def configurations(limits: Limits = LIMITS["sm_90"]) -> Iterator[dict[str, Any]]:
     """The ways in which a device of these limits runs the resident kernels: every plan, plain and with everything."""
-    sizes = (16, 32, 64, 100, 128, 256)
+    sizes = (64, 100, 128, 256)
     for (cell, step), H, dtype, allow_tf32 in itertools.product(STEPS.items(), sizes, DTYPES, (True, False)):
+        if repeats(cell, dtype) and H != 64:
+            continue
         how = plan(cell, H, H, dtype, allow_tf32, limits)
         if how.regime != "resident" or (allow_tf32 and how.precision == "ieee"):
             continue
