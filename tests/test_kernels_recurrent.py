@@ -49,9 +49,10 @@ def check(layer: Layer, dtype: torch.dtype) -> None:
 
 
 def cases() -> list[Any]:
-    """Every cell at every size; types, directions and masks take turns, each meeting each."""
-    turns = itertools.cycle(itertools.product((1, 2), (False, True), DTYPES))
-    return [(cell, H, *turn) for (cell, H), turn in zip(itertools.product(STEPS, HIDDEN), turns, strict=False)]
+    """Every cell at every size in every type; directions and masks take turns, each meeting each."""
+    turns = itertools.cycle(itertools.product((1, 2), (False, True)))
+    everything = itertools.product(STEPS, HIDDEN, DTYPES)
+    return [(cell, H, *turn, dtype) for (cell, H, dtype), turn in zip(everything, turns, strict=False)]
 
 
 @pytest.mark.parametrize(("cell", "H", "D", "masked", "dtype"), cases())
@@ -151,7 +152,10 @@ def test_gates_can_be_computed_again(cell: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(again, gates.flatten(0, 2), atol=8 * torch.finfo(dtype).eps, rtol=0)
 
 
-@pytest.mark.parametrize(("B", "I", "H", "bias"), [(3, 5, 7, True), (17, 65, 33, False), (1, 1, 1, True)])
+@pytest.mark.parametrize(
+    ("B", "I", "H", "bias"),
+    [(3, 5, 7, True), (17, 65, 33, False), (1, 1, 1, True), (5, 31, 129, True), (9, 128, 100, False)],
+)
 @pytest.mark.parametrize("cell", STEPS)
 def test_cell_within_budget(cell: str, B: int, I: int, H: int, bias: bool) -> None:  # noqa: E741
     step = STEPS[cell]

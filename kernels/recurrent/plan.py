@@ -107,7 +107,7 @@ def plan(cell: str, H: int, P: int, dtype: torch.dtype, allow_tf32: bool, limits
     unrolled = scalar(dtype, reads, limits)
     if unrolled and block_h > 64:
         return Plan("stepwise", f"{size} without TF32 is too much for one program")
-    if block_h > 128:
+    if block_h > 128 or (block_h > 64 and dtype == torch.float32 and limits.backend == "cuda"):
         num_warps = 16
     elif block_h > 64 or (unrolled and block_h > 32):
         num_warps = 8
