@@ -139,11 +139,8 @@ class _Sequence(_Traced, torch.nn.RNNBase):
                 raise RuntimeError(
                     f"hx: expected {input.dim()}-D with a {input.dim()}-D input, got a {state.dim()}-D tensor"
                 )
-        batch = (0 if self.batch_first else 1) if batched else 1
-        time = 1 - batch
-        if not batched:
-            # batch_first says nothing about unbatched input: give it a batch of one where the module expects it.
-            batch, time = (0, 1) if self.batch_first else (1, 0)
+        batch, time = (0, 1) if self.batch_first else (1, 0)
+        if not batched:  # it gets a batch of one, where the module expects it
             functional.check_reset(reset, (input.shape[0],), "[T]", input.device)
             functional.check_lengths(lengths, (), "[]", input.shape[0])
             input = input.unsqueeze(batch)
