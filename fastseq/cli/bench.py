@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from fastseq.cli.compare import RUNS, Settings, swapped_pair, switches
+from fastseq.cli.compare import RUNS, Settings, share_weights, swapped_pair, switches
 from fastseq.cli.equality import Call, compare_models
 from fastseq.cli.show import Mistake, interval, milliseconds, print_json, progress, say, show_table, show_text
 from fastseq.stopwatch import Spread, provenance, race
@@ -104,6 +104,7 @@ def measure(name: str, shape: Shape, settings: Settings, budget_s: float) -> lis
     equality = compare_models(peer, ours, call)
     if not equality.passed:
         raise Mismatch([f"{name} {shape}: {reason}" for reason in equality.reasons()])
+    share_weights(peer, ours)
     results = []
     for run, step in RUNS.items():
         result = race(
