@@ -79,8 +79,7 @@ def swap(model: torch.nn.Module) -> Report:
     ``forward`` was replaced on the instance; TorchScript and quantised modules.
 
     ``isinstance(module, torch.nn.LSTM)`` stays true. :func:`restore` before tools that go by the exact type:
-    ``torch.ao.quantization`` and ``torch.fx`` do not know a swapped module, ``torch.jit.script`` puts a torch
-    module in its place.
+    ``torch.ao.quantization`` does not know a swapped module, ``torch.jit.script`` puts a torch module in its place.
 
     Args:
         model: any module, on any device, trained or not, compiled or not.
