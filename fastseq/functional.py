@@ -256,6 +256,10 @@ def sequence(
                 recompute=recompute,
             )  # fmt: skip
 
+    if batch_sizes is None:
+        T, B = input.shape[:2] if not batch_first else (input.shape[1], input.shape[0])
+        check_reset(reset, tuple(input.shape[:2]), "[B, T]" if batch_first else "[T, B]", input.device)
+        check_lengths(lengths, (B,), "[B]", T)
     plain = reset is None and lengths is None and not (return_cells or recompute)
     name = ""  # a compiled graph carries no choice: it is made when the graph runs
     if not torch.compiler.is_compiling():

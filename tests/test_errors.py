@@ -409,3 +409,25 @@ def test_an_error_leaves_the_choice_as_it_was() -> None:
     with pytest.raises(RuntimeError, match="size"), fastseq.use("reference"):
         sequence()(zeros(T, B, I + 1))
     assert str(fastseq.explain(sequence(), x)) == before
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_functions_check_as_the_modules_do(batch_first: bool) -> None:
+    module = torch.nn.LSTM(I, H)
+    x, hx = zeros(*((B, T) if batch_first else (T, B)), I), (zeros(1, B, H), zeros(1, B, H))
+
+    def call(**keywords: Any) -> Any:
+        settings = (module._flat_weights, True, 1, 0.0, False, False, batch_first)
+        return fastseq.functional.lstm(x, hx, *settings, **keywords)
+
+    mask = zeros(*x.shape[:2], dtype=torch.bool)
+    call(reset=mask, lengths=torch.tensor([T, 0, 1]))
+    for error, name, keywords in (
+        (TypeError, "reset", {"reset": mask.float()}),
+        (ValueError, "reset", {"reset": mask.t()}),
+        (TypeError, "lengths", {"lengths": zeros(B)}),
+        (ValueError, "lengths", {"lengths": torch.tensor([1, 2])}),
+        (ValueError, "lengths", {"lengths": torch.tensor([T + 1, 2, 3])}),
+    ):
+        with pytest.raises(error, match=f"^{name}: expected"):
+            call(**keywords)

@@ -148,11 +148,8 @@ class _Sequence(_Traced, torch.nn.RNNBase):
             reset = None if reset is None else reset.unsqueeze(batch)
             lengths = None if lengths is None else lengths.unsqueeze(0)
         states = self._checked(input, states, None)
-        T, B = input.shape[time], input.shape[batch]
-        if T == 0:
+        if input.shape[time] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        functional.check_reset(reset, tuple(input.shape[:2]), "[B, T]" if batch == 0 else "[T, B]", input.device)
-        functional.check_lengths(lengths, (B,), "[B]", T)
         outputs = list(self._call(input, states, batch_first=batch == 0, reset=reset, lengths=lengths, **keywords))
         if not batched:
             states_at = range(1, 1 + self._states)
