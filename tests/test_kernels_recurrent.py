@@ -10,11 +10,12 @@ import torch
 pytest.importorskip("triton")
 
 from fastseq.kernels.jit import NAMES, OPTIONS
+from fastseq.kernels.limits import LIMITS
 from fastseq.kernels.recurrent import cell as cell_kernels
 from fastseq.kernels.recurrent import plan as planning
 from fastseq.kernels.recurrent import pointwise, sequence
 from fastseq.kernels.recurrent import stepwise as loops
-from fastseq.kernels.recurrent.plan import DTYPES, LIMITS, Plan, plan, unsupported
+from fastseq.kernels.recurrent.plan import DTYPES, Plan, plan, unsupported
 from fastseq.kernels.recurrent.steps import STEPS
 
 from .support import kernels_recurrent as support

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..jit import NAMES, OPTIONS, cast_tiles, configuration, dot, load_tiles, on_device, store_tiles
-from .plan import DTYPES, LIMITS, Limits, limits, precision, repeats, scalar
+from ..limits import LIMITS, Limits, limits
+from .plan import DTYPES, precision, repeats, scalar
 from .plan import unsupported as unsupported
 from .steps import STEPS, Step
 

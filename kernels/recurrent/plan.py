@@ -15,6 +15,7 @@ import torch
 import triton
 
 from ..jit import INTERPRETED
+from ..limits import Limits
 from .steps import STEPS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,21 +26,6 @@ def repeats(cell: str, dtype: torch.dtype) -> bool:
     return dtype == torch.float16 or cell == "rnn_relu"
 
 
-class Limits(NamedTuple):
-    """What of a device decides: the compiler behind it, and the shared memory one program may have, in bytes."""
-
-    backend: str  # "cuda" or "hip"
-    shared: int
-
-
-LIMITS = {
-    "sm_80": Limits("cuda", 166_912),
-    "sm_90": Limits("cuda", 232_448),
-    "sm_100": Limits("cuda", 232_448),
-    "gfx942": Limits("hip", 65_536),
-}
-
-
 class Plan(NamedTuple):
     regime: str  # "resident" or "stepwise"
     why: str
@@ -47,17 +33,6 @@ class Plan(NamedTuple):
     block_h: int = 0
     num_warps: int = 0
     precision: str = "ieee"  # how a product reads fp32 operands
-
-
-@functools.cache
-def limits(device: torch.device) -> Limits:
-    """The limits of a device; under the interpreter, which has none, those of a Hopper GPU."""
-    if device.type == "cpu":
-        return LIMITS["sm_90"]
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return Limits("hip", properties.shared_memory_per_block)
-    return Limits("cuda", properties.shared_memory_per_block_optin)
 
 
 def precision(dtype: torch.dtype, allow_tf32: bool, limits: Limits) -> str:

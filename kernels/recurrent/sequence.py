@@ -31,7 +31,8 @@ from ..jit import (
     store_tiles,
     time_of,
 )
-from .plan import DTYPES, LIMITS, Limits, Plan, limits, plan, repeats
+from ..limits import LIMITS, Limits, limits
+from .plan import DTYPES, Plan, plan, repeats
 from .plan import unsupported as unsupported
 from .pointwise import step_gates as step_gates
 from .steps import STEPS, Step

@@ -31,7 +31,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from fastseq.kernels.jit import OPTIONS
-from fastseq.kernels.recurrent.plan import LIMITS
+from fastseq.kernels.limits import LIMITS
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".pytest_cache" / "d" / "offline"

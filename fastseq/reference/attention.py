@@ -1,0 +1,175 @@
+"""Attention as its formula says, ``softmax(q k + bias) v``, with the whole matrix of scores: the definition of correct.
+
+Shapes: query ``[B, N, Q, D]``, key ``[B, M, K, D]``, value ``[B, M, K, E]``, where M divides N and each key head
+serves N/M query heads; bias and mask broadcast to ``[B, N, Q, K]``. Differentiable any number of times.
+
+What a query may see is one idea: a band around the diagonal, ``-left <= j - i - shift <= right``, where a negative
+``left`` or ``right`` does not limit and ``shift`` is 0 or, with ``lower_right``, ``K - Q``; and, of that, where the
+boolean mask is true. What is not seen has no influence, NaN included; a query that sees nothing gets zeros.
+"""
+
+import torch
+from torch import Tensor
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_q: Tensor | None = None,
+    cu_k: Tensor | None = None,
+    seed: Tensor | None = None,
+    *,
+    scale: float,
+    left: int = -1,
+    right: int = -1,
+    lower_right: bool = False,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    weights: str = "",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Output ``[B, N, Q, E]``, log-sum-exp ``[B, N, Q]`` and attention weights.
+
+    The weights are those that multiply the values, after dropout: ``weights="each"`` gives ``[B, N, Q, K]``,
+    ``"mean"`` their mean over the heads ``[B, Q, K]``, ``""`` None. Half precision is computed in float32, and
+    the log-sum-exp stays in it.
+
+    ``cu_q`` and ``cu_k`` ``[Z+1]`` say that Z sequences are packed one after the other in a batch of one: sequence
+    z has queries ``cu_q[z]:cu_q[z+1]`` and keys ``cu_k[z]:cu_k[z+1]``. Its weights are not offered packed.
+    """
+    options = {"left": left, "right": right, "lower_right": lower_right, "softcap": softcap, "dropout_p": dropout_p}
+    if cu_q is None or cu_k is None:
+        return _attention(query, key, value, bias, mask, seed, 0, scale=scale, weights=weights, **options)  # type: ignore[arg-type]
+    starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
+    # What no sequence covers is zero, like a query that sees nothing.
+    wide = torch.promote_types(query.dtype, torch.float32)
+    out = query.new_zeros(*query.shape[:3], value.shape[3])
+    lse = query.new_full(query.shape[:3], -torch.inf, dtype=wide)
+    for z in range(len(starts_q) - 1):
+        q, k = slice(starts_q[z], starts_q[z + 1]), slice(starts_k[z], starts_k[z + 1])
+        one = _attention(
+            query[:, :, q], key[:, :, k], value[:, :, k], None, None, seed, z, scale=scale, weights="", **options  # type: ignore[arg-type]
+        )  # fmt: skip
+        out = torch.cat([out[:, :, : q.start], one[0], out[:, :, q.stop :]], 2)
+        lse = torch.cat([lse[:, :, : q.start], one[1], lse[:, :, q.stop :]], 2)
+    return out, lse, None
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    first: int,
+    *,
+    scale: float,
+    left: int,
+    right: int,
+    lower_right: bool,
+    softcap: float,
+    dropout_p: float,
+    weights: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    B, N, Q, _ = query.shape
+    M, K = key.shape[1:3]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    q, (k, v) = query.to(wide), (t.to(wide).repeat_interleave(N // max(M, 1), 1) for t in (key, value))
+
+    visible = band(Q, K, left, right, lower_right, query.device).expand(B, N, Q, K)
+    if mask is not None:
+        visible = visible & mask
+
+    scores = _finite(q) @ _finite(k).mT * scale
+    scores = scores + _nan_where(~q.isfinite().all(-1, keepdim=True)) + _nan_where(~k.isfinite().all(-1))[:, :, None]
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + torch.where(visible, bias.to(wide), 0.0)
+    scores = scores.masked_fill(~visible, -torch.inf)
+
+    # A row of nothing but -inf has no softmax: it is computed on zeros, and its results are put in place.
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    scores = scores.masked_fill(empty, 0.0)
+    lse = scores.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
+    w = scores.softmax(-1).masked_fill(empty | ~visible, 0.0)
+    if dropout_p:
+        assert seed is not None
+        kept = dropout_keep(seed, (torch.arange(B * N, device=q.device) + first * N).view(B, N), Q, K, dropout_p)
+        w = w * kept / (1.0 - dropout_p) if dropout_p < 1.0 else w * 0.0
+
+    # A value that is not finite is seen only by the queries that may see it: 0 * NaN would show it to all.
+    spoiled = (visible.to(wide) @ (~v.isfinite()).to(wide)) > 0
+    out = (w @ _finite(v) + _nan_where(spoiled)).masked_fill(empty, 0.0)
+    shown = None
+    if weights:
+        shown = (w if weights == "each" else w.mean(1)).to(query.dtype)
+    return out.to(query.dtype), lse, shown
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(x.isfinite(), x, 0.0)
+
+
+def _nan_where(condition: Tensor) -> Tensor:
+    return torch.zeros((), device=condition.device).masked_fill(condition, torch.nan)
+
+
+def band(Q: int, K: int, left: int, right: int, lower_right: bool, device: torch.device) -> Tensor:
+    """Which keys the band shows to which queries: bool ``[Q, K]``."""
+    offset = torch.arange(K, device=device) - torch.arange(Q, device=device)[:, None]
+    offset = offset - (K - Q if lower_right else 0)
+    visible = torch.ones_like(offset, dtype=torch.bool)
+    if left >= 0:
+        visible = visible & (offset >= -left)
+    if right >= 0:
+        visible = visible & (offset <= right)
+    return visible
+
+
+def dropout_keep(seed: Tensor, heads: Tensor, Q: int, K: int, dropout_p: float, q0: int = 0, k0: int = 0) -> Tensor:
+    """Which weights dropout keeps: bool ``[*heads, Q, K]``, for rows from q0 and columns from k0.
+
+    A function of (seed ``[1]`` int64, head, row, column) and of nothing else, so that tiles of any size, on any
+    device, draw the same. ``heads`` numbers the pairs of batch and head, ``b * N + n``. Two 32-bit keys per row,
+    then per element one round of MurmurHash3's finaliser (Appleby) with the second key between its halves.
+    """
+    row = torch.arange(q0, q0 + Q, device=heads.device)
+    low, high = (seed & _MASK).to(heads.device), (seed >> 32 & _MASK).to(heads.device)
+    of_head = _mix(_mix(heads.long() * 0x9E3779B9 + low & _MASK) ^ high)
+    first = _mix(of_head[..., None] + row * 0x85EBCA77 & _MASK)
+    second = _mix(first + 0xC2B2AE3D & _MASK)
+    # From here on 32-bit words that wrap: int32, since PyTorch has no arithmetic for uint32.
+    first, second = (t.to(torch.int32)[..., None] for t in (_signed(first), _signed(second)))
+    column = torch.arange(k0, k0 + K, device=heads.device)
+    x = first ^ _signed(column * 0x9E3779B9 & _MASK).to(torch.int32)
+    x = x ^ (x >> 16 & 0xFFFF)
+    x = x * -2048144789 ^ second  # 0x85EBCA6B
+    x = x ^ (x >> 13 & 0x7FFFF)
+    x = x * -1028477387  # 0xC2B2AE35
+    x = x ^ (x >> 16 & 0xFFFF)
+    return x >= dropout_threshold(dropout_p)
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """The least word, read as a signed 32-bit integer, that is kept: the words below are dropout_p of all."""
+    return min(round(dropout_p * 2**32) - 2**31, 2**31 - 1)
+
+
+_MASK = 0xFFFFFFFF
+
+
+def _signed(x: Tensor) -> Tensor:
+    return torch.where(x >= 2**31, x - 2**32, x)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """MurmurHash3's finaliser, of 32-bit words in int64; a product's low 32 bits survive the wrap of 64."""
+    x = x ^ x >> 16
+    x = x * 0x85EBCA6B & _MASK
+    x = x ^ x >> 13
+    x = x * 0xC2B2AE35 & _MASK
+    return x ^ x >> 16
