@@ -145,6 +145,15 @@ def kernel_refusal(cell: str, *tensors: Tensor) -> str | None:
     return unsupported(cell, first.dtype, first.device, *sizes)  # type: ignore[no-any-return]
 
 
+def attention_refusal(query: Tensor, value: Tensor) -> str | None:
+    """Why no attention kernel can run on these tensors; None if one can."""
+    if not _triton_installed():
+        return "triton is not installed"
+    from .kernels.attention.plan import unsupported
+
+    return unsupported(query.dtype, query.device, query.shape[-1], value.shape[-1])  # type: ignore[no-any-return]
+
+
 def gpu(tensor: Tensor) -> bool:
     """Whether the tensor lives where our kernels are compiled for: CUDA, or ROCm under the same name."""
     return tensor.device.type == "cuda"

@@ -152,9 +152,11 @@ def _backward(
 
 step = operator(
     "cell",
+    settings="str cell",
     inputs="Tensor input, Tensor h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh",
     differentiable=7,
     outputs=3,  # h, c, gates
+    keeps=True,
     forward=_forward,
     shapes=_shapes,
     backward=_backward,

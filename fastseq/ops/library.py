@@ -15,12 +15,15 @@ Function = Callable[..., Any]
 def operator(
     name: str,
     *,
+    settings: str,
     inputs: str,
     differentiable: int,
     outputs: int,
+    keeps: bool,
     forward: Function,
     shapes: Function,
     backward: Function,
+    gradients: Function | None = None,
     formula: Function,
 ) -> Any:
     """Define the operator ``fastseq::<name>`` and its gradient ``fastseq::<name>_backward``; return the operator.
@@ -28,73 +31,82 @@ def operator(
     Both are opaque to tracing, and their gradients are registered for the Autograd dispatch key, so that a graph
     shows each as one node and a call that needs no gradient does not pay for one.
 
-    The operator takes ``(cell, *inputs, keep, implementation)``: what to keep for the gradient ("gates", "cells" to
-    recompute the gates, or "nothing"), and who computes ("" to choose when it runs). ``inputs`` is their schema, the
-    first ``differentiable`` of them have gradients. It returns ``outputs`` tensors, empty where there is nothing to
-    return, the last of which (the gates) has no gradient. ``forward`` computes them, ``shapes`` says what they look
-    like. ``backward(cell, *gradients, *inputs, *outputs, implementation)`` computes the gradients of the inputs, empty
-    where there is none; the gradient of that is ``formula(cell, *inputs)``'s, differentiated twice.
+    The operator takes ``(*settings, *inputs, implementation)``, the last saying who computes ("" to choose when it
+    runs). ``settings`` and ``inputs`` are their schemas: numbers and names, then tensors, the first
+    ``differentiable`` of which have gradients. It returns ``outputs`` tensors, empty where there is nothing to return.
+    ``forward`` computes them, ``shapes`` says what they look like. ``backward(*settings, *gradients, *inputs,
+    *outputs, implementation)`` computes the gradients of the inputs, empty where there is none; ``gradients``
+    of the same says what they look like, if not like the inputs and contiguous; their own gradient is that of
+    ``formula(*settings, *inputs)``, differentiated twice.
+
+    An operator that ``keeps`` something for its gradient takes, before the implementation, what: "gates", "cells" (to
+    recompute the gates) or "nothing"; the last output is what it kept and has no gradient.
     """
+    leading = len(settings.split(", "))
     kinds = [declaration.split()[0] for declaration in inputs.split(", ")]
+    results = outputs - keeps  # those that have gradients
+    trailing = "str keep, str implementation" if keeps else "str implementation"
     several = ", ".join(["Tensor"] * outputs)
-    gradients = ", ".join(f"Tensor? grad_{i}" for i in range(outputs - 1))
-    results = ", ".join(f"Tensor output_{i}" for i in range(outputs))
+    incoming = ", ".join(f"Tensor? grad_{i}" for i in range(results))
+    returned = ", ".join(f"Tensor output_{i}" for i in range(outputs))
     of_inputs = ", ".join(["Tensor"] * differentiable)
 
     class Gradient(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, cell: str, *args: Any) -> Any:
-            *tensors, keep, implementation = args
-            ctx.settings = cell, implementation
+        def forward(ctx: Any, *args: Any) -> Any:
+            fixed, tensors, rest = args[:leading], args[leading:][: len(kinds)], list(args[leading + len(kinds) :])
+            ctx.settings = fixed, rest[-1]
             ctx.set_materialize_grads(False)
-            keep = "gates" if keep == "nothing" else keep
+            if keeps and rest[0] == "nothing":
+                rest[0] = "gates"
             with torch._C._AutoDispatchBelowAutograd():
-                found = overload(cell, *tensors, keep, implementation)
+                found = overload(*fixed, *tensors, *rest)
             ctx.save_for_backward(*tensors, *found)
-            ctx.mark_non_differentiable(found[-1])
+            if keeps:
+                ctx.mark_non_differentiable(found[-1])
             return found
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            cell, implementation = ctx.settings
+            fixed, implementation = ctx.settings
             saved = ctx.saved_tensors  # read once: a checkpoint unpacks a tensor no second time
-            found = overload_backward(cell, *grads[: outputs - 1], *saved, implementation)
-            wanted = zip(found, saved, ctx.needs_input_grad[1:], strict=False)
+            found = overload_backward(*fixed, *grads[:results], *saved, implementation)
+            wanted = zip(found, saved, ctx.needs_input_grad[leading:], strict=False)
             kept = [g if t is not None and need else None for g, t, need in wanted]
-            return None, *kept, *(None for _ in kinds[differentiable:]), None, None
+            absent = [None] * (len(kinds) - differentiable + 1 + keeps)
+            return *([None] * leading), *kept, *absent
 
     class SecondGradient(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, cell: str, *args: Any) -> Any:
-            *tensors, implementation = args
-            ctx.cell = cell
+        def forward(ctx: Any, *args: Any) -> Any:
+            ctx.fixed = args[:leading]
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*tensors)
+            ctx.save_for_backward(*args[leading:-1])
             with torch._C._AutoDispatchBelowAutograd():
-                return overload_backward(cell, *tensors, implementation)
+                return overload_backward(*args)
 
         @staticmethod
         def backward(ctx: Any, *tangents: Tensor | None) -> Any:
             saved = ctx.saved_tensors
-            grads, given = saved[: outputs - 1], saved[outputs - 1 :][: len(kinds)]
+            grads, given = saved[:results], saved[results:][: len(kinds)]
             variables, constants = given[:differentiable], given[differentiable:]
-            to_inputs, to_grads = second_order(lambda *x: formula(ctx.cell, *x, *constants), variables, grads, tangents)
-            rest = (None for _ in range(len(constants) + outputs + 1))
-            return None, *to_grads, *to_inputs, *rest
+            to_inputs, to_grads = second_order(
+                lambda *x: formula(*ctx.fixed, *x, *constants), variables, grads, tangents
+            )
+            absent = [None] * (len(constants) + outputs + 1)
+            return *([None] * leading), *to_grads, *to_inputs, *absent
 
-    overload = _define(
-        f"{name}(str cell, {inputs}, str keep, str implementation) -> ({several})", forward, shapes, Gradient
-    )
+    overload = _define(f"{name}({settings}, {inputs}, {trailing}) -> ({several})", forward, shapes, Gradient)
     overload_backward = _define(
-        f"{name}_backward(str cell, {gradients}, {inputs}, {results}, str implementation) -> ({of_inputs})",
+        f"{name}_backward({settings}, {incoming}, {inputs}, {returned}, str implementation) -> ({of_inputs})",
         backward,
-        lambda cell, *args: _like(args[outputs - 1 :][:differentiable]),
+        gradients or (lambda *args: _like(*args[leading + results :][:differentiable])),
         SecondGradient,
     )
     return overload
 
 
-def _like(inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+def _like(*inputs: Tensor | None) -> tuple[Tensor, ...]:
     first = next(t for t in inputs if t is not None)
     return tuple(first.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
 

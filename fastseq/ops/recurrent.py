@@ -289,10 +289,12 @@ def _weight_gradient(d: Tensor, x: Tensor) -> Tensor:
 
 recurrent = operator(
     "recurrent",
+    settings="str cell",
     inputs="Tensor input, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor h0, Tensor? c0, "
     "Tensor? reset, Tensor? lengths",
     differentiable=8,
     outputs=5,  # y, h_n, c_n, cells, gates
+    keeps=True,
     forward=_forward,
     shapes=_shapes,
     backward=_backward,

@@ -1,23 +1,23 @@
-"""Check, choose, call: the recurrent operators as functions, with PyTorch's own signatures and ours by keyword.
+"""The recurrent operators as functions.
 
 The stateless counterparts of the modules in ``fastseq.nn``; each takes what ``torch.lstm`` and its sisters take.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import implementation
-from .implementation import Choice
-from .ops import cell as cell_ops
-from .ops import recurrent as sequence_ops
-from .ops.library import needs_gradient
-from .ops.stock import stock
-from .reference import recurrent as reference
+from .. import implementation
+from ..implementation import Choice
+from ..ops import cell as cell_ops
+from ..ops import recurrent as sequence_ops
+from ..ops.library import needs_gradient
+from ..ops.stock import stock
+from ..reference import recurrent as reference
+from .autocast import autocasting, plainly
 
 __all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
 
@@ -294,7 +294,7 @@ def sequence(
         return sequence_ops.recurrent(*everything, keep, name)[:4]
 
     stacks = reference.stacked(params, has_biases, num_layers, 2 if bidirectional else 1)
-    with _plainly(input.device.type):
+    with plainly(input.device.type):
         y, final, cells = reference.network(run, input, hx, stacks, dropout if train else 0.0)
     cells = cells.to(y.dtype) if len(hx) == 2 and cells is not None else y
     outputs = [y, cells] if return_cells else [y]
@@ -368,7 +368,7 @@ def single(
         input, hx = input.to(dtype), tuple(state.to(dtype) for state in hx)
         weights = [None if w is None else w.to(dtype) for w in weights]
     state: Any = (*hx, None)[:2]
-    with _plainly(input.device.type):
+    with plainly(input.device.type):
         if name == "reference":
             new = reference.single(cell, input, *state, *weights)
         else:
@@ -377,20 +377,10 @@ def single(
     return tuple(new[: len(hx)])
 
 
-def _autocasting(device: str) -> bool:
-    """Not every device type knows autocast: the meta device does not."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def _plainly(device: str) -> AbstractContextManager[Any]:
-    """What is left in its own dtype under autocast is computed in it."""
-    return torch.autocast(device, enabled=False) if _autocasting(device) else nullcontext()
-
-
 def _autocast_dtype(cell: str, input: Tensor, state: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks of this cell, as PyTorch's own operators follow it; None to leave it alone."""
     device = input.device.type
-    if not _autocasting(device) or input.dtype == torch.float64:
+    if not autocasting(device) or input.dtype == torch.float64:
         return None
     if device == "cpu" and cell in _NOT_CAST_ON_CPU:
         return state.dtype  # these add cast products to a state that is not cast: its dtype wins

@@ -1,0 +1,413 @@
+"""Scaled dot-product attention as a function."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import implementation
+from ..implementation import Choice, chosen, gpu
+from ..ops import attention as attention_ops
+from ..ops.library import needs_gradient
+from ..ops.stock import Stock
+from ..reference import attention as reference
+from .autocast import autocasting, plainly
+
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter}
+
+
+class _Band(NamedTuple):
+    """The keys a query may see: ``-left <= j - i - shift <= right``, negative for no limit."""
+
+    left: int = -1
+    right: int = -1
+    lower_right: bool = False  # shift is K - Q rather than 0
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    bias: Tensor | None = None,
+    causal: str | None = None,
+    window: int | tuple[int, int] | None = None,
+    softcap: float | None = None,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    return_weights: bool | str = False,
+) -> Any:
+    """Attention (Vaswani et al. 2017), as ``torch.nn.functional.scaled_dot_product_attention``, and more by keyword.
+
+    A query that sees no key gets output 0 and gradient 0. What a query may not see has no influence on it, NaN
+    included. Memory beyond the results grows with Q + K, not with Q * K, for the gradients as well.
+
+    Args:
+        query: ``[..., N, Q, D]``, N heads; 2-D and 3-D as in torch.
+        key: ``[..., M, K, D]``; M is N, or 1, or with ``enable_gqa`` any divisor of N.
+        value: ``[..., M, K, E]``.
+        attn_mask: bool (true: may attend) or float (added to the scores), broadcastable to ``[..., N, Q, K]``.
+            Together with ``is_causal`` both apply.
+        dropout_p: probability that a weight is dropped; drawn from (seed, batch, head, row, column) alone.
+        is_causal: query i sees keys 0 to i.
+        scale: of the products; 1/sqrt(D) if None.
+        enable_gqa: let each key head serve N/M query heads.
+        bias: float, added to the scores on top of a mask of either kind; learned biases get their gradient.
+        causal: ``"upper_left"`` (as ``is_causal``), or ``"lower_right"``: the last query sees the last key.
+        window: how many keys a query sees to its left and to its right, one number for both or a pair, -1 for no
+            limit; counted from the diagonal that ``causal`` names, without it from the lower right one.
+        softcap: bend the scores to ``softcap * tanh(score / softcap)``, before bias and mask (Gemma 2, 2024).
+        seed: of the dropout, to replay it; drawn from torch's generator if None.
+        return_lse: also return the log-sum-exp of the scores ``[..., N, Q]``, in float32 at least.
+        return_weights: also return the weights that multiply the values, after dropout: True or ``"each"`` for
+            ``[..., N, Q, K]``, ``"mean"`` for their mean over the heads ``[..., Q, K]``.
+
+    Returns:
+        output ``[..., N, Q, E]``; the weights and the log-sum-exp after it, in this order, if asked for.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit together, as in torch.
+        ValueError: ``causal``, ``window``, ``softcap`` or ``return_weights`` is none of the above.
+        Unsupported: ``use`` names an implementation that cannot.
+
+    Example:
+        >>> import torch, fastseq
+        >>> q, k, v = torch.randn(3, 2, 8, 10, 16)
+        >>> padding = torch.tensor([[True] * 10, [True] * 7 + [False] * 3])[:, None, None]
+        >>> out, lse = fastseq.functional.scaled_dot_product_attention(
+        ...     q, k, v, padding, is_causal=True, return_lse=True)
+        >>> out.shape, lse.shape
+        (torch.Size([2, 8, 10, 16]), torch.Size([2, 8, 10]))
+    """
+    ours = not (
+        bias is None
+        and causal is None
+        and window is None
+        and softcap is None
+        and seed is None
+        and not return_lse
+        and not return_weights
+    )
+    # Whether a query sees every key, with its weight as it is: then PyTorch's operator has no promise left to break.
+    whole = not ours and attn_mask is None and not dropout_p and not is_causal
+    tensors = [t for t in (query, key, value, attn_mask, bias) if t is not None]
+    if not ours and _stock(tensors, whole):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+    weights = _weights(return_weights)
+    band = _band(is_causal, causal, window)
+    _check(query, key, value, attn_mask, bias)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise RuntimeError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    query, key, value, attn_mask, bias = _autocast(query, key, value, attn_mask, bias)
+    (q, k, v), lead = _four_dimensional(query, key, value, enable_gqa)
+    scores = (*lead, q.shape[1], q.shape[2], k.shape[2])
+    mask = None
+    if attn_mask is not None:
+        attn_mask = _broadcastable("attn_mask", attn_mask, scores, query.dim(), k.dim())
+    if bias is not None:
+        bias = _broadcastable("bias", bias, scores, query.dim(), k.dim())
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        mask = attn_mask
+    elif attn_mask is not None:
+        bias = attn_mask if bias is None else attn_mask + bias
+    with plainly(q.device.type):
+        out, lse, shown = _attend(
+            q, k, v, bias, mask, None, None, _seed(seed, dropout_p, q.device),
+            scale=_scale(scale, q), band=band, softcap=softcap, dropout_p=dropout_p,
+            max_q=q.shape[2], max_k=k.shape[2], weights=weights, beyond=ours or not (whole or attn_mask is None),
+        )  # fmt: skip
+
+    def shaped(t: Tensor, heads: int) -> Tensor:
+        """The leading dimensions as the caller has them; with fewer than three dimensions there are no heads."""
+        t = t if len(lead) == 1 else t.reshape(*lead, *t.shape[1:])
+        return t[0] if heads and max(query.dim(), key.dim(), value.dim()) == 2 else t
+
+    results = [shaped(out, 1)]
+    if weights:
+        results.append(shaped(shown, weights == "each"))
+    if return_lse:
+        results.append(shaped(lse, 1))
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Any:
+    """Attention within sequences packed one after the other, as ``torch.nn.attention.varlen.varlen_attn``.
+
+    Args:
+        query: ``[Tq, N, D]``, the tokens of all sequences.
+        key, value: ``[Tk, M, D]`` and ``[Tk, M, E]``; M is N, or with ``enable_gqa`` a divisor of it.
+        cu_seq_q, cu_seq_k: int32 ``[Z+1]``, where each of Z sequences begins; a sequence may be empty.
+        max_q, max_k: the longest sequence's length, or more.
+        return_aux: a ``torch.nn.attention.varlen.AuxRequest``; with its ``lse`` also return the log-sum-exp.
+        scale, softcap, dropout_p, seed: as in :func:`scaled_dot_product_attention`.
+        window_size: keys seen to the left and to the right of the lower right diagonal, -1 for no limit;
+            ``(-1, 0)`` is causal.
+
+    Returns:
+        output ``[Tq, N, E]``, and if asked for the log-sum-exp ``[Tq, N]``. Both differentiate.
+
+    Raises:
+        ValueError: shapes do not fit together.
+        TypeError: ``cu_seq_q`` or ``cu_seq_k`` is not int32.
+        Unsupported: ``use`` names an implementation that cannot.
+
+    Example:
+        >>> import torch, fastseq
+        >>> q, k, v = torch.randn(3, 12, 4, 16)
+        >>> starts = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
+        >>> fastseq.functional.varlen_attn(q, k, v, starts, starts, 7, 7, window_size=(-1, 0)).shape
+        torch.Size([12, 4, 16])
+    """
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t.dim() != 3:
+            raise ValueError(f"{name}: expected [tokens, heads, width], got {list(t.shape)}")
+    N, M = query.shape[1], key.shape[1]
+    if value.shape[1] != M or key.shape[0] != value.shape[0] or key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"query, key, value: expected [Tq, N, D], [Tk, M, D], [Tk, M, E], got {_shapes(query, key, value)}"
+        )
+    if M != N and (not enable_gqa or not M or N % M):
+        raise ValueError(f"key: expected {N} heads, or with enable_gqa a divisor of {N}, got {M}")
+    for name, t in (("cu_seq_q", cu_seq_q), ("cu_seq_k", cu_seq_k)):
+        if t.dtype != torch.int32:
+            raise TypeError(f"{name}: expected int32, got {t.dtype}")
+        if t.dim() != 1 or t.shape != cu_seq_q.shape or not t.shape[0]:
+            raise ValueError(f"{name}: expected [sequences + 1] = {list(cu_seq_q.shape)}, got {list(t.shape)}")
+    _check(query, key, value, None, None)
+    query, key, value, _, _ = _autocast(query, key, value, None, None)
+    q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
+    with plainly(q.device.type):
+        out, lse, _ = _attend(
+            q, k, v, None, None, cu_seq_q, cu_seq_k, _seed(seed, dropout_p, q.device),
+            scale=_scale(scale, q), band=_Band(*window_size, True), softcap=softcap, dropout_p=dropout_p,
+            max_q=max_q, max_k=max_k, weights="", beyond=True,
+        )  # fmt: skip
+    out = out[0].transpose(0, 1)
+    return (out, lse[0].transpose(0, 1)) if return_aux is not None and return_aux.lse else out
+
+
+def choose_attention(query: Tensor, value: Tensor, beyond: bool) -> Choice:
+    """Which implementation runs; ``beyond``: more is asked than PyTorch's operator does with every promise kept."""
+    return attention_ops.choice(query, value, beyond)
+
+
+# ----------------------------------------------------------------------------------------------- below the face
+
+
+def _stock(tensors: list[Any], whole: bool) -> bool:
+    """Whether PyTorch's operator is called as it is, with what it makes of bad arguments."""
+    if not all(type(t) in _PLAIN_TYPES for t in tensors):
+        if torch.compiler.is_compiling():
+            return whole and not implementation.named
+        return chosen() in ("auto", "torch")  # a subclass, a nested tensor, or no tensor: PyTorch knows
+    if torch.compiler.is_compiling():
+        return whole and not implementation.named
+    if chosen() not in ("auto", "torch") or forward_ad._current_level >= 0:
+        return False  # PyTorch's fused operators have no forward-mode derivative
+    return torch._C._are_functorch_transforms_active() or (whole and not needs_gradient(tensors))
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation looks on, which see into compositions only."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    seed: Tensor | None,
+    *,
+    scale: float,
+    band: _Band,
+    softcap: float | None,
+    dropout_p: float,
+    max_q: int,
+    max_k: int,
+    weights: str,
+    beyond: bool,
+) -> Any:
+    tensors = (query, key, value, bias, mask, cu_q, cu_k, seed)
+    settings: dict[str, Any] = {
+        "scale": scale,
+        **band._asdict(),
+        "softcap": softcap or 0.0,
+        "dropout_p": dropout_p,
+        "weights": weights,
+    }
+    name = ""  # a compiled graph carries no choice: it is made when the graph runs
+    if not torch.compiler.is_compiling():
+        name = choose_attention(query, value, beyond).name
+        if name == "reference" or (chosen() == "auto" and _transformed()):
+            return reference.attention(*tensors, **settings)
+        if name == "torch" and gpu(query) and not beyond:
+            out = Stock.apply(  # type: ignore[no-untyped-call]
+                lambda q, k, v: (
+                    F.scaled_dot_product_attention(q, k, v, is_causal=band.right == 0, scale=scale),
+                ),
+                lambda *t: reference.attention(*t, **settings)[:1],
+                *(t if t.shape[1] == query.shape[1] else t.repeat_interleave(query.shape[1] // t.shape[1], 1)
+                  for t in (query, key, value)),
+            )  # fmt: skip
+            return out[0], None, None
+    wanted = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    return attention_ops.attention(
+        scale, band.left, band.right, band.lower_right, settings["softcap"], dropout_p, max_q, max_k, weights, wanted,
+        *tensors, name,
+    )  # fmt: skip
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, bias: Tensor | None) -> None:
+    """The errors of torch's operator, in type."""
+    for name, t in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask), ("bias", bias)):
+        required = name in ("query", "key", "value")
+        if not isinstance(t, Tensor):
+            if t is None and not required:
+                continue
+            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+        if t.dim() < 2:
+            kind = RuntimeError if required else IndexError
+            raise kind(f"{name}: expected at least 2 dimensions, got {list(t.shape)}")
+        if t.device != query.device:
+            raise RuntimeError(f"{name}: expected device {query.device} as query, got {t.device}")
+        if required and t.dtype != query.dtype and not autocasting(query.device.type):
+            raise RuntimeError(f"{name}: expected {query.dtype} as query, got {t.dtype}")
+    if not query.is_floating_point():
+        raise RuntimeError(f"query: expected a floating dtype, got {query.dtype}")
+    for name, t in (("attn_mask", attn_mask), ("bias", bias)):
+        kinds = {torch.float32, query.dtype} | ({torch.bool} if name == "attn_mask" else set())
+        if t is not None and t.dtype not in kinds and not (autocasting(query.device.type) and t.is_floating_point()):
+            raise RuntimeError(f"{name}: expected {' or '.join(sorted(map(str, kinds)))}, got {t.dtype}")
+    if query.shape[-1] != key.shape[-1]:
+        raise RuntimeError(f"query, key: expected the same last dimension, got {_shapes(query, key, value)}")
+    if key.shape[-2] != value.shape[-2]:
+        raise RuntimeError(f"key, value: expected the same number of positions, got {_shapes(query, key, value)}")
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(str(list(t.shape)) for t in tensors)
+
+
+def _autocast(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Under autocast everything is cast to its dtype, but for float64 and a bool mask."""
+    device = query.device.type
+    if not autocasting(device):
+        return query, key, value, attn_mask, bias
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(t: Tensor | None) -> Any:
+        return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+
+    query, key, value, attn_mask, bias = (cast(t) for t in (query, key, value, attn_mask, bias))
+    if not query.dtype == key.dtype == value.dtype:
+        raise RuntimeError(f"query, key, value: expected one dtype, got {query.dtype}, {key.dtype}, {value.dtype}")
+    return query, key, value, attn_mask, bias
+
+
+def _four_dimensional(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...]]:
+    """``[B, N, Q, D]``, ``[B, M, K, D]`` and ``[B, M, K, E]`` without a copy where views do, and what B stands for."""
+    q, k, v = (t if t.dim() > 2 else t[None] for t in (query, key, value))
+    N, of_keys, of_values = q.shape[-3], k.shape[-3], v.shape[-3]
+    try:
+        lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+        if not enable_gqa:
+            M = torch.broadcast_shapes((of_keys,), (of_values,))[0]
+            N = torch.broadcast_shapes((N,), (M,))[0]
+            q, k, v = q.expand(*q.shape[:-3], N, -1, -1), *(t.expand(*t.shape[:-3], M, -1, -1) for t in (k, v))
+    except RuntimeError:
+        raise RuntimeError(
+            f"query, key, value: expected [..., N, Q, D], [..., M, K, D], [..., M, K, E], "
+            f"got {_shapes(query, key, value)}"
+        ) from None
+    if enable_gqa and of_keys != N:
+        if not of_keys or not of_values or N % of_keys or N % of_values:
+            raise RuntimeError(f"key, value: expected a number of heads that divides {N}, got {of_keys}, {of_values}")
+        M = math.lcm(of_keys, of_values)
+        k, v = (t if t.shape[-3] == M else t.repeat_interleave(M // t.shape[-3], -3) for t in (k, v))
+    if len(lead) == 1:
+        q, k, v = (t if t.shape[:-3] == lead else t.expand(*lead, *t.shape[-3:]) for t in (q, k, v))
+    else:
+        q, k, v = (t.expand(*lead, *t.shape[-3:]).reshape(-1, *t.shape[-3:]) for t in (q, k, v))
+    return (q, k, v), tuple(lead)
+
+
+def _broadcastable(name: str, t: Tensor, scores: tuple[int, ...], of_query: int, of_key: int) -> Tensor:
+    """A mask or bias as ``[B or 1, N or 1, Q or 1, K or 1]``."""
+    full = t[(None,) * (len(scores) - t.dim())]
+    fits = full.dim() == len(scores) and all(a in (1, b) for a, b in zip(full.shape, scores, strict=True))
+    if not fits:
+        raise RuntimeError(f"{name}: expected what broadcasts to {list(scores)}, got {list(t.shape)}")
+    lead = scores[:-3]
+    if len(lead) != 1:
+        one = all(size == 1 for size in full.shape[: len(lead)])
+        full = full.reshape(1, *full.shape[-3:]) if one else full.expand(*lead, -1, -1, -1).flatten(0, len(lead) - 1)
+    return full
+
+
+def _band(is_causal: bool, causal: str | None, window: int | tuple[int, int] | None) -> _Band:
+    if causal not in (None, "upper_left", "lower_right"):
+        raise ValueError(f"causal: expected 'upper_left', 'lower_right' or None, got {causal!r}")
+    left, right = -1, -1
+    if window is not None:
+        pair = (window, window) if isinstance(window, int) else tuple(window)
+        if len(pair) != 2 or not all(isinstance(side, int) and side >= -1 for side in pair):
+            raise ValueError(f"window: expected a number or a pair of them, -1 or more, got {window!r}")
+        left, right = pair
+    if causal is None:
+        return _Band(left, 0 if is_causal else right, window is not None and not is_causal)
+    return _Band(left, 0, causal == "lower_right")
+
+
+def _weights(asked: bool | str) -> str:
+    if asked not in (False, True, "each", "mean"):
+        raise ValueError(f"return_weights: expected a bool, 'each' or 'mean', got {asked!r}")
+    return "each" if asked is True else asked or ""
+
+
+def _scale(scale: float | None, query: Tensor) -> float:
+    return scale if scale is not None else 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
+
+
+def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    if not dropout_p:
+        return None
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(1)
