@@ -1,6 +1,5 @@
 """Scaled dot-product attention as a function."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -99,7 +98,7 @@ def scaled_dot_product_attention(
     # Whether a query sees every key, with its weight as it is: then PyTorch's operator has no promise left to break.
     whole = not ours and attn_mask is None and not dropout_p and not is_causal
     tensors = [t for t in (query, key, value, attn_mask, bias) if t is not None]
-    if not ours and _stock(tensors, whole):
+    if not (ours or (is_causal and attn_mask is not None)) and _stock(tensors, whole):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -126,7 +125,7 @@ def scaled_dot_product_attention(
     with plainly(q.device.type):
         out, lse, shown = _attend(
             q, k, v, bias, mask, None, None, _seed(seed, dropout_p, q.device),
-            scale=_scale(scale, q), band=band, softcap=softcap, dropout_p=dropout_p,
+            scale=scale, band=band, softcap=softcap, dropout_p=dropout_p,
             max_q=q.shape[2], max_k=k.shape[2], weights=weights, beyond=ours or not (whole or attn_mask is None),
         )  # fmt: skip
 
@@ -208,7 +207,7 @@ def varlen_attn(
     with plainly(q.device.type):
         out, lse, _ = _attend(
             q, k, v, None, None, cu_seq_q, cu_seq_k, _seed(seed, dropout_p, q.device),
-            scale=_scale(scale, q), band=_Band(*window_size, True), softcap=softcap, dropout_p=dropout_p,
+            scale=scale, band=_Band(*window_size, True), softcap=softcap, dropout_p=dropout_p,
             max_q=max_q, max_k=max_k, weights="", beyond=True,
         )  # fmt: skip
     out = out[0].transpose(0, 1)
@@ -251,7 +250,7 @@ def _attend(
     cu_k: Tensor | None,
     seed: Tensor | None,
     *,
-    scale: float,
+    scale: float | None,
     band: _Band,
     softcap: float | None,
     dropout_p: float,
@@ -272,13 +271,13 @@ def _attend(
     if not torch.compiler.is_compiling():
         name = choose_attention(query, value, beyond).name
         if name == "reference" or (chosen() == "auto" and _transformed()):
-            return reference.attention(*tensors, **settings)
+            return reference.attention(*tensors, **settings | {"scale": attention_ops.scaling(scale, query)})
         if name == "torch" and gpu(query) and not beyond:
             out = Stock.apply(  # type: ignore[no-untyped-call]
                 lambda q, k, v: (
                     F.scaled_dot_product_attention(q, k, v, is_causal=band.right == 0, scale=scale),
                 ),
-                lambda *t: reference.attention(*t, **settings)[:1],
+                lambda *t: reference.attention(*t, **settings | {"scale": attention_ops.scaling(scale, query)})[:1],
                 *(t if t.shape[1] == query.shape[1] else t.repeat_interleave(query.shape[1] // t.shape[1], 1)
                   for t in (query, key, value)),
             )  # fmt: skip
@@ -359,8 +358,8 @@ def _four_dimensional(
     if enable_gqa and of_keys != N:
         if not of_keys or not of_values or N % of_keys or N % of_values:
             raise RuntimeError(f"key, value: expected a number of heads that divides {N}, got {of_keys}, {of_values}")
-        M = math.lcm(of_keys, of_values)
-        k, v = (t if t.shape[-3] == M else t.repeat_interleave(M // t.shape[-3], -3) for t in (k, v))
+        if of_keys != of_values:  # as torch allows; the kernels serve both from one head
+            k, v = (t.repeat_interleave(N // t.shape[-3], -3) for t in (k, v))
     if len(lead) == 1:
         q, k, v = (t if t.shape[:-3] == lead else t.expand(*lead, *t.shape[-3:]) for t in (q, k, v))
     else:
@@ -399,10 +398,6 @@ def _weights(asked: bool | str) -> str:
     if asked not in (False, True, "each", "mean"):
         raise ValueError(f"return_weights: expected a bool, 'each' or 'mean', got {asked!r}")
     return "each" if asked is True else asked or ""
-
-
-def _scale(scale: float | None, query: Tensor) -> float:
-    return scale if scale is not None else 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
 
 
 def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:

@@ -58,7 +58,7 @@ def _resolve(implementation: str, query: Tensor, value: Tensor) -> str:
 
 
 SETTINGS = (
-    "float scale, SymInt left, SymInt right, bool lower_right, float softcap, float dropout_p, "
+    "float? scale, SymInt left, SymInt right, bool lower_right, float softcap, float dropout_p, "
     "SymInt max_q, SymInt max_k, str weights, bool bias_gradient"
 )
 INPUTS = (
@@ -67,6 +67,11 @@ INPUTS = (
 )  # fmt: skip
 NAMES = tuple(declaration.split()[1] for declaration in SETTINGS.split(", "))
 LEADING, TENSORS = len(NAMES), len(INPUTS.split(", "))
+
+
+def scaling(scale: float | None, query: Tensor) -> float:
+    """The scale, if none is given computed here: a graph of dynamic shapes would hold it as a symbol."""
+    return scale if scale is not None else query.shape[-1] ** -0.5 if query.shape[-1] else 1.0
 
 
 def _call(args: tuple[Any, ...]) -> tuple[dict[str, Any], tuple[Any, ...], str]:
@@ -82,6 +87,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     settings, tensors, implementation = _call(args)
     del settings["bias_gradient"]
     query, _, value, *_ = tensors
+    settings["scale"] = scaling(settings["scale"], query)
     engine = _kernels("forward") if _resolve(implementation, query, value) == "triton" else blockwise
     out, lse, weights = engine.attention_forward(*tensors, **settings, allow_tf32=_tf32())
     return out, lse, query.new_empty(0) if weights is None else weights
@@ -103,6 +109,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     (dout, dlse, dweights), inputs = tensors[:3], tensors[3:][:TENSORS]
     out, lse, _ = tensors[3 + TENSORS :]
     query, _, value, *_ = inputs
+    settings["scale"] = scaling(settings["scale"], query)
     engine = _kernels("backward") if _resolve(implementation, query, value) == "triton" else blockwise
     dq, dk, dv, dbias = engine.attention_backward(
         dout, dlse, dweights if settings["weights"] else None, *inputs, out, lse, **settings, allow_tf32=_tf32()
@@ -130,6 +137,7 @@ def _formula(*args: Any) -> tuple[Tensor | None, ...]:
     settings, tensors = dict(zip(NAMES, args, strict=False)), args[LEADING:]
     for name in ("max_q", "max_k", "bias_gradient"):
         del settings[name]
+    settings["scale"] = scaling(settings["scale"], tensors[0])
     return reference.attention(*tensors, **settings)
 
 
