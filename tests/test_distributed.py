@@ -22,6 +22,8 @@ CASES: dict[str, tuple[str, dict[str, Tensor]]] = {
     "gru": ("GRU", {}),
     "lstm-reset": ("LSTM", {"reset": torch.arange(T * B).view(T, B) % 5 == 0}),
     "gru-lengths": ("GRU", {"lengths": torch.tensor([6, 1, 4, 0])}),
+    "transformer": ("Transformer", {}),
+    "transformer-padding": ("Transformer", {"padding": torch.arange(T)[:, None] >= torch.tensor([6, 1, 4, 3])}),
     "rnn-both": ("RNN", {"reset": torch.arange(T * B).view(T, B) % 5 == 0, "lengths": torch.tensor([6, 1, 4, 3])}),
 }
 
@@ -31,21 +33,21 @@ class Model(nn.Module):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.rnn = getattr(nn, kind)(I, H, num_layers=2)
+        self.core = getattr(nn, kind)(I, H, num_layers=2)
         self.head = nn.Linear(H, 2)
 
     def forward(self, x: Tensor, **keywords: Tensor) -> Tensor:
-        return self.head(self.rnn(x, **keywords)[0]).square().sum((0, 2)).mean()
+        return self.head(self.core(x, **keywords)[0]).square().sum((0, 2)).mean()
 
 
 def stepwise(model: Model, x: Tensor, reset: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
     """The same loss by torch.nn's module, a step at a time, with the masks applied by hand."""
-    pair, outputs = isinstance(model.rnn, nn.LSTM), []
+    pair, outputs = isinstance(model.core, nn.LSTM), []
     state = [torch.zeros(2, B, H, dtype=x.dtype) for _ in range(1 + pair)]
     for t in range(T):
         if reset is not None:
             state = [s.masked_fill(reset[t, :, None], 0) for s in state]
-        y, after = model.rnn(x[t : t + 1], tuple(state) if pair else state[0])
+        y, after = model.core(x[t : t + 1], tuple(state) if pair else state[0])
         alive = torch.ones(B, dtype=torch.bool) if lengths is None else t < lengths
         state = [
             torch.where(alive[:, None], new, old) for new, old in zip(after if pair else (after,), state, strict=True)
@@ -54,11 +56,35 @@ def stepwise(model: Model, x: Tensor, reset: Tensor | None = None, lengths: Tens
     return model.head(torch.cat(outputs)).square().sum((0, 2)).mean()
 
 
-def problem(name: str) -> tuple[Model, Tensor, dict[str, Tensor]]:
+class Attentive(nn.Module):
+    """Two encoder layers and a head; torch.nn's, to be swapped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0)
+        self.up = nn.Linear(I, 4)
+        self.core = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        padding = None if padding is None else padding.t()
+        return self.head(self.core(self.up(x), src_key_padding_mask=padding)).square().sum((0, 2)).mean()
+
+
+def problem(name: str) -> tuple[Any, Tensor, dict[str, Tensor]]:
     """The same in every process."""
     torch.manual_seed(0)
     kind, keywords = CASES[name]
-    return Model(kind).double(), torch.randn(T, B, I, dtype=torch.double), keywords
+    model = Attentive() if kind == "Transformer" else Model(kind)
+    return model.double(), torch.randn(T, B, I, dtype=torch.double), keywords
+
+
+def alone(name: str) -> dict[str, Tensor]:
+    """The gradients by torch.nn, on the whole batch, in one process."""
+    model, x, keywords = problem(name)
+    loss = model(x, **keywords) if isinstance(model, Attentive) else stepwise(model, x, **keywords)
+    loss.backward()
+    return {key: p.grad for key, p in model.named_parameters()}
 
 
 def part_of(rank: int, x: Tensor, keywords: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -85,12 +111,13 @@ def fsdp(rank: int, name: str) -> dict[str, Tensor]:
     model, x, keywords = problem(name)
     fastseq.swap(model)
     mesh = init_device_mesh("cpu", (WORLD,))
-    fully_shard(model.rnn, mesh=mesh)
+    fully_shard(model.core, mesh=mesh)
     fully_shard(model, mesh=mesh)
     # Sharding changes the class of a module, as swapping does; neither may undo the other.
-    assert isinstance(model.rnn, FSDPModule)
-    assert isinstance(model.rnn, getattr(fastseq, CASES[name][0]))
-    assert model.rnn.weight_hh_l0.to_local().shape[0] < len(model.rnn.weight_hh_l0)
+    assert isinstance(model.core, FSDPModule)
+    assert any(isinstance(model.core, kind) for kind in (fastseq.nn.REPLACEMENTS[t] for t in STACKS))
+    weight = next(model.core.parameters())
+    assert weight.to_local().shape[0] < len(weight)
     x, keywords = part_of(rank, x, keywords)
     for _ in range(2):
         model.zero_grad()
@@ -98,6 +125,7 @@ def fsdp(rank: int, name: str) -> dict[str, Tensor]:
     return {key: p.grad.full_tensor() for key, p in model.named_parameters()}
 
 
+STACKS = (nn.RNN, nn.LSTM, nn.GRU, nn.TransformerEncoder)
 METHODS = {"ddp": ddp, "fsdp": fsdp}
 
 
@@ -131,8 +159,6 @@ def run(method: str, folder: Path) -> list[dict[str, Any]]:
 def test_two_processes_find_the_gradients_of_one(method: str, tmp_path: Path) -> None:
     found = run(method, tmp_path)
     for name in CASES:
-        model, x, keywords = problem(name)
-        stepwise(model, x, **keywords).backward()
-        expected = {key: p.grad for key, p in model.named_parameters()}
+        expected = alone(name)
         for rank in range(WORLD):
             assert_close(found[rank][name], expected)
