@@ -98,3 +98,122 @@ def dropout_keep(first, second, j, threshold):
     x = x * tl.full(x.shape, 0xC2B2AE35, tl.uint32)
     x = x ^ (x >> 16)
     return x.to(tl.int32, bitcast=True) >= threshold
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """The least word that ``dropout_keep`` keeps, as a signed 32-bit integer: below it lie dropout_p of all."""
+    return min(round(dropout_p * 2**32) - 2**31, 2**31 - 1)
+
+
+@triton.jit
+def at_row(ptr, row, stride):
+    """The pointer to a row, which may be more than 2**31 elements away."""
+    return ptr + tl.cast(row, tl.int64) * stride
+
+
+@triton.jit
+def sequence_at(cu_ptr, z, length):
+    """First row and length of packed sequence z; not packed, there is one sequence, which is all."""
+    first = 0
+    if cu_ptr is not None:
+        first = tl.load(cu_ptr + z)
+        length = tl.load(cu_ptr + z + 1) - first
+    return first, length
+
+
+@triton.jit
+def load_tile(ptr, rows, stride_row, columns, stride_column, seen, WIDTH: tl.constexpr, CHECKED: tl.constexpr):
+    """A tile ``ptr[rows, columns]``, upright or lying, as rows and columns (the whole width) broadcast.
+
+    Columns past WIDTH are zero and so, if CHECKED, are rows that are not seen; neither is read.
+    """
+    ptrs = ptr + (rows * stride_row + columns * stride_column)
+    if CHECKED:
+        tile = tl.load(ptrs, mask=seen & (columns < WIDTH), other=0.0)
+    elif columns.numel != WIDTH:
+        tile = tl.load(ptrs, mask=columns < WIDTH, other=0.0)
+    else:
+        tile = tl.load(ptrs)
+    return tile
+
+
+@triton.jit
+def visible_in_tile(
+    rows, i, offs_n, j, seen, Q, shift, left, right, mask_ptr, stride_mq, stride_mk,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASK_PER_QUERY: tl.constexpr,
+):  # fmt: skip
+    """What of a tile of scores is visible, of the keys that are seen; it broadcasts to the tile.
+
+    rows and offs_n count from where mask_ptr points to; i and j are the same, counted in the sequence.
+    """
+    visible = seen[None, :]
+    if HAS_LEFT or HAS_RIGHT:
+        band = visible_in_band(i[:, None], j[None, :], shift, left, right, HAS_LEFT, HAS_RIGHT)
+        visible = visible & band
+    if mask_ptr is not None and MASK_PER_QUERY:
+        ptrs = mask_ptr + (rows[:, None] * stride_mq + offs_n[None, :] * stride_mk)
+        visible = visible & (tl.load(ptrs, mask=(i < Q)[:, None] & seen[None, :], other=0) != 0)
+    return visible
+
+
+@triton.jit
+def scores_of_tile(
+    qk, visible, rows, i, offs_n, seen, Q, bias_ptr, stride_bq, stride_bk, scale, softcap,
+    HAS_SOFTCAP: tl.constexpr, BIAS_PER_QUERY: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The scores of a product, for ``weight_of``, and in its unit.
+
+    That is the product itself if it is only to be scaled, for then the scaling and what follows are one
+    instruction; log 2 with a cap; and 1 with a bias, where another unit could overflow: a bias may be the least
+    number there is.
+    """
+    if bias_ptr is not None:
+        if HAS_SOFTCAP:
+            s = softcap * tanh(qk * (scale / softcap))
+        else:
+            s = qk * scale
+        bias_ptrs = bias_ptr + offs_n[None, :] * stride_bk
+        if BIAS_PER_QUERY:
+            bias = tl.load(bias_ptrs + rows[:, None] * stride_bq, mask=(i < Q)[:, None] & seen[None, :], other=0.0)
+        else:
+            bias = tl.load(bias_ptrs, mask=seen[None, :], other=0.0)
+        s += bias.to(tl.float32)
+    elif HAS_SOFTCAP:
+        s = capped(qk, scale, softcap, HAS_SOFTCAP)
+    else:
+        s = qk
+    if MASKED:
+        s = tl.where(visible, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def level_of(s, scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """A score as what ``weight_of`` compares with: scaled, in units of log 2, or of 1 with a bias; scale > 0."""
+    if HAS_BIAS or HAS_SOFTCAP:
+        level = s
+    else:
+        level = s * (scale * LOG2E)
+    return level
+
+
+@triton.jit
+def level_of_lse(lse, HAS_BIAS: tl.constexpr):
+    """A log-sum-exp as what ``weight_of`` compares with."""
+    if HAS_BIAS:
+        level = lse
+    else:
+        level = lse * LOG2E
+    return level
+
+
+@triton.jit
+def weight_of(s, level, scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """``exp(score - level)``."""
+    if HAS_BIAS:
+        exponent = (s - level) * LOG2E
+    elif HAS_SOFTCAP:
+        exponent = s - level
+    else:
+        exponent = s * (scale * LOG2E) - level
+    return tl.exp2(exponent)
