@@ -1,52 +1,492 @@
-"""Placeholder: the CPU engine's author replaces this file."""
+"""Attention and its gradient tile by tile in plain torch, on any device: memory grows with Q + K, not with Q times K.
+
+A tile is some queries of some heads against all the keys that they may see, so that torch's own softmax and its
+gradient work on whole rows. Letters: B batch, N query heads, M key heads, G = N / M query heads that share a key
+head, Q and K lengths, D and E head widths of keys and values. ``reference/attention.py`` says what is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
-from ..reference.attention import attention as formula
+from torch import Tensor
+
+from . import flash
+from ..reference.attention import dropout_columns, dropout_rows, dropout_threshold, dropout_words
+
+TILE = 2**18  # scores at a time: with what accompanies them they stay in a core's second-level cache
+FEWEST_ROWS = 16  # of a tile, however long its rows are: a matrix product needs them
+BAND_ROWS = 64  # of a tile at the edge of a band, where rows see different keys
+
+Forward = tuple[Tensor, Tensor, Tensor | None]
+Backward = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
-def attention_forward(query, key, value, bias, mask, cu_q, cu_k, seed, *, max_q, max_k, allow_tf32, **o):
-    out, lse, w = formula(query, key, value, bias, mask, cu_q, cu_k, seed, **o)
-    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous(), None if w is None else w.contiguous()
-
-
-def _backward(
-    dout,
-    dlse,
-    dweights,
-    query,
-    key,
-    value,
-    bias,
-    mask,
-    cu_q,
-    cu_k,
-    seed,
-    out,
-    lse,
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    seed: Tensor | None,
     *,
-    bias_gradient,
-    max_q,
-    max_k,
-    allow_tf32,
-    **o,
-):
-    with torch.enable_grad():
-        x = [None if t is None else t.detach().requires_grad_() for t in (query, key, value, bias)]
-        outs = formula(*x, mask, cu_q, cu_k, seed, **o)
-        pairs = [(a, g) for a, g in zip(outs, (dout, dlse, dweights)) if a is not None and g is not None]
-        g = torch.autograd.grad(
-            [a for a, _ in pairs], [t for t in x if t is not None], [b.to(a.dtype) for a, b in pairs], allow_unused=True
-        )
-    g = [torch.zeros_like(t) if a is None else a for a, t in zip(g, [t for t in x if t is not None])]
-    g[:3] = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in g[:3]]
-    return *g[:3], (g[3].contiguous() if bias_gradient else None)
+    scale: float,
+    left: int,
+    right: int,
+    lower_right: bool,
+    softcap: float,
+    dropout_p: float,
+    max_q: int,
+    max_k: int,
+    weights: str,
+    allow_tf32: bool,
+) -> Forward:
+    """Output ``[B, N, Q, E]``, log-sum-exp ``[B, N, Q]`` and weights, as ``reference.attention.attention`` defines."""
+    call = Call(query, key, value, bias, mask, seed, 0, scale, left, right, lower_right, softcap, dropout_p, weights)
+    if cu_q is None or cu_k is None:
+        return call.forward()
+    out, lse, _ = call.blank()
+    for z, (q, k) in enumerate(_sequences(cu_q, cu_k)):
+        out[:, :, q], lse[:, :, q], _ = call.sequence(z, q, k).forward()
+    return out, lse, None
 
 
-def attention_backward(*args, **options):
-    import threading
+def attention_backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    dweights: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    left: int,
+    right: int,
+    lower_right: bool,
+    softcap: float,
+    dropout_p: float,
+    max_q: int,
+    max_k: int,
+    weights: str,
+    allow_tf32: bool,
+    bias_gradient: bool,
+) -> Backward:
+    """Gradients of query, key, value and bias (in its own shape; None unless ``bias_gradient``)."""
+    call = Call(query, key, value, bias, mask, seed, 0, scale, left, right, lower_right, softcap, dropout_p, weights)
+    if cu_q is None or cu_k is None:
+        return call.backward(dout, dlse, dweights, out, lse, bias_gradient)
+    gradients = _zeros(query), _zeros(key), _zeros(value)
+    for z, (q, k) in enumerate(_sequences(cu_q, cu_k)):
+        given = (None if t is None else t[:, :, q] for t in (dout, dlse))
+        found = call.sequence(z, q, k).backward(*given, None, out[:, :, q], lse[:, :, q], False)  # type: ignore[misc]
+        for whole, rows, part in zip(gradients, (q, k, k), found, strict=False):
+            whole[:, :, rows] = part  # type: ignore[assignment]
+    return *gradients, None
 
-    got = []
-    thread = threading.Thread(target=lambda: got.append(_backward(*args, **options)))
-    thread.start()
-    thread.join()
-    return got[0]
+
+def _sequences(cu_q: Tensor, cu_k: Tensor) -> Iterator[tuple[slice, slice]]:
+    starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
+    for z in range(len(starts_q) - 1):
+        yield slice(starts_q[z], starts_q[z + 1]), slice(starts_k[z], starts_k[z + 1])
+
+
+def _zeros(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Zeros ``[B, N, T, D]`` that lie in memory as ``[B, T, N, D]``, the layout in which models join the heads."""
+    B, N, T, D = like.shape
+    return like.new_zeros(B, T, N, D, dtype=dtype).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some queries of some heads, and the keys that they see: the part of the scores that one step computes."""
+
+    batches: slice
+    heads: slice
+    rows: slice
+    keys: slice
+
+    @property
+    def queries(self) -> tuple[slice, slice, slice]:
+        return self.batches, self.heads, self.rows
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        b, n, q, k = self.batches, self.heads, self.rows, self.keys
+        return b.stop - b.start, n.stop - n.start, q.stop - q.start, k.stop - k.start
+
+    def of(self, x: Tensor) -> Tensor:
+        """This part of a tensor that broadcasts to ``[B, N, Q, K]``."""
+        where = *self.queries, self.keys
+        return x[tuple(slice(None) if n == 1 else part for n, part in zip(x.shape, where, strict=True))]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: its tensors, and what is asked for. ``first`` counts the batches before this one (for dropout)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+    seed: Tensor | None
+    first: int
+    scale: float
+    left: int
+    right: int
+    lower_right: bool
+    softcap: float
+    dropout_p: float
+    weights: str
+    careful: bool = False
+
+    def sequence(self, z: int, q: slice, k: slice) -> Call:
+        query, key, value = self.query[:, :, q], self.key[:, :, k], self.value[:, :, k]
+        return replace(self, query=query, key=key, value=value, first=z)
+
+    def forward(self) -> Forward:
+        if self.nothing:
+            return self.blank()
+        found = (*flash.forward(self), None) if flash.serves(self) else self._forward()
+        if self.hides and not _finite_sum(found[0]):
+            return replace(self, careful=True)._forward()
+        return found
+
+    def backward(
+        self,
+        dout: Tensor | None,
+        dlse: Tensor | None,
+        dweights: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        bias_gradient: bool,
+    ) -> Backward:
+        if not self.nothing and dlse is None and dout is not None and not bias_gradient and flash.serves(self):
+            found: Backward = (*flash.backward(self, dout, out, lse), None)
+        else:
+            found = self._backward(dout, dlse, dweights, lse, bias_gradient)
+        if self.hides and not all(_finite_sum(t) for t in found if t is not None):
+            return replace(self, careful=True)._backward(dout, dlse, dweights, lse, bias_gradient)
+        return found
+
+    # What follows from the tensors.
+
+    @property
+    def nothing(self) -> bool:
+        """Whether no query sees a key, for there is none of the one or of the other."""
+        return self.query.shape[:3].numel() == 0 or self.key.shape[2] == 0
+
+    @cached_property
+    def wide(self) -> torch.dtype:
+        return torch.promote_types(self.query.dtype, torch.float32)
+
+    @cached_property
+    def band(self) -> tuple[int, int, int]:
+        """``left``, ``right`` and ``shift``, with a side that limits no query of this call not limiting."""
+        Q, K = self.query.shape[2], self.key.shape[2]
+        shift = K - Q if self.lower_right else 0
+        left = -1 if self.left >= Q - 1 + shift else self.left
+        right = -1 if self.right >= K - 1 - shift else self.right
+        return left, right, shift
+
+    @cached_property
+    def hides(self) -> bool:
+        return max(self.band[:2]) >= 0 or self.mask is not None or self.bias is not None
+
+    @cached_property
+    def key_mask(self) -> Tensor | None:
+        """The mask as it is added, where it is the same for all queries."""
+        return self._additive(self.mask) if self.mask is not None and self.mask.shape[2] == 1 else None
+
+    @property
+    def mask_planes(self) -> tuple[int, int]:
+        """Batches and heads that do not share what is added to the scores."""
+        shapes = [t.shape for t in (self.mask, self.bias) if t is not None]
+        return max([1, *(s[0] for s in shapes)]), max([1, *(s[1] for s in shapes)])
+
+    def _additive(self, mask: Tensor) -> Tensor:
+        return torch.zeros_like(mask, dtype=self.wide).masked_fill_(~mask, -torch.inf)
+
+    def blank(self) -> Forward:
+        """The results of queries that see nothing: what no tile writes stays like this."""
+        B, N, Q, _ = self.query.shape
+        K, E = self.value.shape[2:]
+        out = self.query.new_zeros(B, Q, N, E).transpose(1, 2)
+        lse = self.query.new_full((B, N, Q), -torch.inf, dtype=self.wide)
+        shape = {"": None, "each": (B, N, Q, K), "mean": (B, Q, K)}[self.weights]
+        return out, lse, None if shape is None else self.query.new_zeros(shape)
+
+    # The walk over tiles.
+
+    @cached_property
+    def _steps(self) -> tuple[int, int, int, int]:
+        """Batches, key heads and rows of a tile, and the elements of the largest."""
+        B, N, Q, _ = self.query.shape
+        M, K = self.key.shape[1:3]
+        left, right, _ = self.band
+        group = N // M
+        rows, span = Q, K
+        if left >= 0 and right >= 0:
+            rows = max(BAND_ROWS, left + right)
+            span = min(K, rows + left + right)
+        elif left >= 0 or right >= 0:
+            rows = max(BAND_ROWS, Q // 8)
+        together = N if self.weights == "mean" else group  # the fewest heads of a tile
+        rows = min(Q, rows, max(FEWEST_ROWS, TILE // (together * span)))
+        rows = math.ceil(Q / math.ceil(Q / rows))
+        if left >= 0 and right >= 0:
+            span = min(K, rows + left + right)
+        kv_heads = max(together // group, min(B * M, TILE // (group * rows * span)))
+        batches, kv_heads = max(1, kv_heads // M), min(M, kv_heads)
+        return batches, kv_heads, rows, batches * kv_heads * group * rows * span
+
+    def tiles(self, batches: slice, heads: slice, rows: int) -> Iterator[Tile]:
+        """The tiles of these heads, but for those that see no key."""
+        Q, K = self.query.shape[2], self.key.shape[2]
+        left, right, shift = self.band
+        for i in range(0, Q, rows):
+            last = min(i + rows, Q)
+            low = max(0, i + shift - left) if left >= 0 else 0
+            high = min(K, last + shift + right) if right >= 0 else K
+            if low < high:
+                yield Tile(batches, heads, slice(i, last), slice(low, high))
+
+    def _pieces(self) -> Iterator[tuple[slice, slice, slice, Tensor, Tensor]]:
+        """Batches, key heads and query heads of a tile, with their keys and values ``[b * m, K, D]``."""
+        B, M = self.key.shape[:2]
+        group = self.query.shape[1] // M
+        batches, kv_heads, _, _ = self._steps
+        for b in range(0, B, batches):
+            for m in range(0, M, kv_heads):
+                part = slice(b, min(b + batches, B)), slice(m, min(m + kv_heads, M))
+                key, value = (self._operand(t[part].flatten(0, 1)) for t in (self.key, self.value))
+                yield *part, slice(part[1].start * group, part[1].stop * group), key, value
+
+    # What a tile is computed from.
+
+    def _operand(self, x: Tensor) -> Tensor:
+        x = x.to(self.wide)
+        return torch.where(x.isfinite(), x, 0.0) if self.careful else x
+
+    def _rows(self, x: Tensor, tile: Tile, pairs: int, scale: float) -> Tensor:
+        """A tile's rows of ``[B, N, Q, D]``, the heads of a group below each other: ``[b * m, G * rows, D]``."""
+        rows = self._operand(x[tile.queries].reshape(pairs, -1, x.shape[3]))
+        return rows if scale == 1.0 else rows * scale
+
+    def _scores(self, tile: Tile, query: Tensor, key: Tensor, space: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The scores ``[b * m, G * rows, keys]``, hidden ones -inf; and the tanh of the cap."""
+        shape = *query.shape[:2], key.shape[1]
+        scores = torch.bmm(query, key.mT, out=space[: math.prod(shape)].view(shape))
+        if self.careful:
+            bad = self._bad(self.query, tile, True) | self._bad(self.key, tile, False)
+            scores.view(tile.shape).masked_fill_(bad, torch.nan)
+        bent = None
+        if self.softcap:
+            bent = scores.tanh_()
+            scores = bent * self.softcap
+        self.hide(scores.view(tile.shape), tile)
+        return scores, bent
+
+    def hide(self, scores: Tensor, tile: Tile) -> Tensor:
+        """Add the bias and hide what is hidden, in place; scores broadcast to the tile."""
+        if self.careful:
+            visible = self._visible(tile)
+            if self.bias is not None:
+                scores.add_(torch.where(visible, tile.of(self.bias), 0.0))
+            return scores.masked_fill_(~visible, -torch.inf)
+        if self.bias is not None:
+            scores.add_(tile.of(self.bias))
+        if self.mask is not None:
+            scores.add_(self._additive(tile.of(self.mask)) if self.key_mask is None else tile.of(self.key_mask))
+        # Only the edges of a band cost something: in between, all the tile's queries see the key.
+        left, right, shift = self.band
+        rows, keys = tile.shape[2:]
+        diagonal = tile.rows.start - tile.keys.start + shift
+        if right >= 0:
+            edge = max(0, min(diagonal + right + 1, keys))
+            scores[..., edge:] += scores.new_full((rows, keys - edge), -torch.inf).triu_(diagonal + right + 1 - edge)
+        if left >= 0:
+            edge = max(0, min(diagonal + rows - 1 - left, keys))
+            scores[..., :edge] += scores.new_full((rows, edge), -torch.inf).tril_(diagonal - left - 1)
+        return scores
+
+    def _visible(self, tile: Tile) -> Tensor:
+        """What a tile may see, bool, broadcasts to its shape."""
+        left, right, shift = self.band
+        device = self.query.device
+        i = torch.arange(tile.rows.start, tile.rows.stop, device=device)[:, None]
+        offset = torch.arange(tile.keys.start, tile.keys.stop, device=device) - i - shift
+        visible = torch.ones_like(offset, dtype=torch.bool)
+        if left >= 0:
+            visible &= offset >= -left
+        if right >= 0:
+            visible &= offset <= right
+        return visible[None, None] if self.mask is None else visible & tile.of(self.mask)
+
+    def _bad(self, x: Tensor, tile: Tile, of_queries: bool) -> Tensor:
+        """Which rows of query or output gradient, or which keys or values, are not finite; broadcasts to the tile."""
+        if of_queries:
+            return ~x[tile.queries].isfinite().all(-1)[..., None]
+        bad = ~x[tile.batches, :, tile.keys].isfinite().all(-1)
+        group = self.query.shape[1] // self.key.shape[1]
+        return bad.repeat_interleave(group, 1)[:, tile.heads, None]
+
+    @cached_property
+    def _dropout_rows(self) -> tuple[Tensor, Tensor]:
+        assert self.seed is not None
+        B, N, Q, _ = self.query.shape
+        heads = torch.arange(self.first * N, (self.first + B) * N, device=self.query.device).view(B, N)
+        return dropout_rows(self.seed, heads, Q)
+
+    @cached_property
+    def _dropout_columns(self) -> Tensor:
+        return dropout_columns(self.key.shape[2], self.query.device)
+
+    def _keep(self, tile: Tile) -> Tensor:
+        """1 where dropout keeps a weight and 0 where not: int32 ``[b, n, rows, keys]``."""
+        first, second = (t[tile.queries] for t in self._dropout_rows)
+        words = dropout_words(first, second, self._dropout_columns[tile.keys], self.dropout_p)
+        return words.ge_(dropout_threshold(self.dropout_p))
+
+    @property
+    def _kept(self) -> float:
+        """What dropout multiplies with where it keeps."""
+        return 1 / (1 - self.dropout_p) if self.dropout_p < 1 else 0.0
+
+    @property
+    def _inner_scale(self) -> float:
+        """What multiplies a product of query and key, before the cap."""
+        return self.scale / self.softcap if self.softcap else self.scale
+
+    def _forward(self) -> Forward:
+        out, lse, weights = self.blank()
+        *_, rows, size = self._steps
+        space = self.query.new_empty(size, dtype=self.wide)
+        for batches, _, heads, key, value in self._pieces():
+            for tile in self.tiles(batches, heads, rows):
+                query = self._rows(self.query, tile, key.shape[0], self._inner_scale)
+                p, _ = self._scores(tile, query, key[:, tile.keys], space)
+                most = p.amax(-1, keepdim=True)
+                torch.softmax(p, -1, out=p)
+                # The largest weight is exp(largest score - log-sum-exp).
+                total = most - p.amax(-1, keepdim=True).log_()
+                table = p.view(tile.shape)
+                if self.hides:
+                    empty = most == -torch.inf
+                    total.masked_fill_(empty, -torch.inf)
+                    if empty.any():
+                        p.masked_fill_(empty, 0.0)
+                if self.careful:
+                    table.masked_fill_(~self._visible(tile), 0.0)
+                if self.dropout_p:
+                    _drop(table, self._keep(tile))
+                if weights is not None:
+                    if self.weights == "each":
+                        tile.of(weights).copy_(table)
+                    else:
+                        weights[batches, tile.rows, tile.keys] = table.mean(1)
+                if self.careful:
+                    table.masked_fill_(self._bad(self.value, tile, False) & self._visible(tile), torch.nan)
+                    if self.hides:
+                        p.masked_fill_(empty, 0.0)
+                found = torch.bmm(p, value[:, tile.keys])
+                out[tile.queries] = found.view(*tile.shape[:3], -1)
+                lse[tile.queries] = total.view(tile.shape[:3])
+        if self.dropout_p:
+            out *= self._kept
+            if weights is not None:
+                weights *= self._kept
+        return out, lse, weights
+
+    def _backward(
+        self, dout: Tensor | None, dlse: Tensor | None, dweights: Tensor | None, lse: Tensor, bias_gradient: bool
+    ) -> Backward:
+        dquery, dkey, dvalue = _zeros(self.query), _zeros(self.key), _zeros(self.value)
+        dbias = None
+        if bias_gradient:
+            assert self.bias is not None
+            dbias = self.bias.new_zeros(self.bias.shape, dtype=self.wide)
+        if self.nothing:
+            return dquery, dkey, dvalue, _to(dbias, self.bias)
+        if dout is None:
+            dout = self.query.new_zeros(()).expand(*self.query.shape[:3], self.value.shape[3])
+        share = self._kept
+        if dweights is not None and self.weights == "mean":
+            dweights, share = dweights[:, None], share / self.query.shape[1]
+        some_empty = self.hides and bool((lse == -torch.inf).any())
+        *_, rows, size = self._steps
+        space, dspace = (self.query.new_empty(size, dtype=self.wide) for _ in range(2))
+        for batches, kv_heads, heads, key, value in self._pieces():
+            dk, dv = torch.zeros_like(key), torch.zeros_like(value)
+            for tile in self.tiles(batches, heads, rows):
+                query = self._rows(self.query, tile, key.shape[0], self._inner_scale)
+                upper = self._rows(dout, tile, key.shape[0], self._kept)
+                p, bent = self._scores(tile, query, key[:, tile.keys], space)
+                torch.softmax(p, -1, out=p)
+                # The gradient of the weights, then of the softmax, then of the cap: one tile that changes its meaning.
+                d = torch.bmm(upper, value[:, tile.keys].mT, out=dspace[: p.numel()].view(p.shape))
+                table, dtable = p.view(tile.shape), d.view(tile.shape)
+                empty = (lse[tile.queries] == -torch.inf)[..., None] if some_empty else None
+                hidden = None
+                if self.careful:
+                    hidden = ~self._visible(tile)
+                    hidden = hidden if empty is None else hidden | empty
+                elif empty is not None:
+                    table.masked_fill_(empty, 0.0)
+                if dweights is not None:
+                    dtable.add_(tile.of(dweights), alpha=share)
+                if hidden is not None:
+                    bad = self._bad(self.value, tile, False) | self._bad(dout, tile, True)
+                    table.masked_fill_(hidden, 0.0)
+                    dtable.masked_fill_(bad, torch.nan).masked_fill_(hidden, 0.0)
+                keep = self._keep(tile) if self.dropout_p else None
+                if keep is not None:
+                    _drop(dtable, keep)
+                torch._softmax_backward_data(d, p, -1, p.dtype, grad_input=d)
+                if dlse is not None:
+                    dtable.addcmul_(table, dlse[tile.queries][..., None])
+                if keep is not None:
+                    _drop(table, keep)
+                if hidden is not None:
+                    dtable.masked_fill_(hidden, 0.0)
+                    table.masked_fill_(self._bad(dout, tile, True) & ~hidden, torch.nan)
+                dv[:, tile.keys].baddbmm_(p.mT, upper)
+                if dbias is not None:
+                    part = tile.of(dbias)
+                    part += dtable.sum_to_size(part.shape)
+                if bent is not None:
+                    d *= bent.square_().neg_().add_(1.0).mul_(self.softcap)
+                dk[:, tile.keys].baddbmm_(d.mT, query)
+                dquery[tile.queries] = torch.bmm(d, key[:, tile.keys]).mul_(self._inner_scale).view(*tile.shape[:3], -1)
+            for whole, found in ((dkey, dk), (dvalue, dv)):
+                whole[batches, kv_heads] = found.view(-1, kv_heads.stop - kv_heads.start, *found.shape[1:])
+        return dquery, dkey, dvalue, _to(dbias, self.bias)
+
+
+def _to(x: Tensor | None, like: Tensor | None) -> Tensor | None:
+    return x if x is None or like is None else x.to(like.dtype)
+
+
+def _drop(table: Tensor, keep: Tensor) -> None:
+    """Multiply by 0 or 1. The bits of a float32 are multiplied as integers: torch does that many times faster."""
+    if table.dtype == torch.float32:
+        table = table.view(torch.int32)
+    table.mul_(keep)
+
+
+def _finite_sum(x: Tensor) -> bool:
+    # A sum is NaN or infinite if an element is: one pass, and no table of booleans.
+    return math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item())

@@ -86,7 +86,7 @@ def _attention(
     scores = _finite(q) @ _finite(k).mT * scale
     scores = scores + _nan_where(~q.isfinite().all(-1, keepdim=True)) + _nan_where(~k.isfinite().all(-1))[:, :, None]
     if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
+        scores = softcap * torch.tanh(scores.masked_fill(~visible, 0.0) / softcap)  # else 0 * NaN in its gradient
     if bias is not None:
         scores = scores + torch.where(visible, bias.to(wide), 0.0)
     scores = scores.masked_fill(~visible, -torch.inf)
@@ -137,21 +137,37 @@ def dropout_keep(seed: Tensor, heads: Tensor, Q: int, K: int, dropout_p: float, 
     device, draw the same. ``heads`` numbers the pairs of batch and head, ``b * N + n``. Two 32-bit keys per row,
     then per element one round of MurmurHash3's finaliser (Appleby) with the second key between its halves.
     """
+    first, second = dropout_rows(seed, heads, Q, q0)
+    words = dropout_words(first, second, dropout_columns(K, heads.device, k0), dropout_p)
+    return words >= dropout_threshold(dropout_p)
+
+
+def dropout_rows(seed: Tensor, heads: Tensor, Q: int, q0: int = 0) -> tuple[Tensor, Tensor]:
+    """The two keys of each row, int32 ``[*heads, Q]``, the first one halfway through the round."""
     row = torch.arange(q0, q0 + Q, device=heads.device)
     low, high = (seed & _MASK).to(heads.device), (seed >> 32 & _MASK).to(heads.device)
     of_head = _mix(_mix(heads.long() * 0x9E3779B9 + low & _MASK) ^ high)
     first = _mix(of_head[..., None] + row * 0x85EBCA77 & _MASK)
     second = _mix(first + 0xC2B2AE3D & _MASK)
-    # From here on 32-bit words that wrap: int32, since PyTorch has no arithmetic for uint32.
-    first, second = (t.to(torch.int32)[..., None] for t in (_signed(first), _signed(second)))
-    column = torch.arange(k0, k0 + K, device=heads.device)
-    x = first ^ _signed(column * 0x9E3779B9 & _MASK).to(torch.int32)
-    x = x ^ (x >> 16 & 0xFFFF)
-    x = x * -2048144789 ^ second  # 0x85EBCA6B
-    x = x ^ (x >> 13 & 0x7FFFF)
-    x = x * -1028477387  # 0xC2B2AE35
-    x = x ^ (x >> 16 & 0xFFFF)
-    return x >= dropout_threshold(dropout_p)
+    # (a ^ b) ^ (a ^ b) >> 16 is (a ^ a >> 16) ^ (b ^ b >> 16): a row and a column each bring their own part.
+    return _signed(first ^ first >> 16), _signed(second)
+
+
+def dropout_columns(K: int, device: torch.device, k0: int = 0) -> Tensor:
+    """What each column adds to its row's first key, int32 ``[K]``."""
+    column = torch.arange(k0, k0 + K, device=device) * 0x9E3779B9 & _MASK
+    return _signed(column ^ column >> 16)
+
+
+def dropout_words(first: Tensor, second: Tensor, column: Tensor, dropout_p: float) -> Tensor:
+    """Words int32 ``[*first, *column]`` that stand on the same side of the threshold as those of the round."""
+    # 32-bit words that wrap: int32, since PyTorch has no arithmetic for uint32. In place, for that is faster.
+    x = first[..., None] ^ column
+    x.mul_(-2048144789).bitwise_xor_(second[..., None])  # 0x85EBCA6B
+    x.bitwise_xor_((x >> 13).bitwise_and_(0x7FFFF))
+    x.mul_(-1028477387)  # 0xC2B2AE35
+    # The last x ^ x >> 16 leaves the upper half, and the lower decides only where the upper half is the threshold's.
+    return x.bitwise_xor_(dropout_threshold(dropout_p) >> 16 & 0xFFFF)
 
 
 def dropout_threshold(dropout_p: float) -> int:
@@ -163,7 +179,7 @@ _MASK = 0xFFFFFFFF
 
 
 def _signed(x: Tensor) -> Tensor:
-    return torch.where(x >= 2**31, x - 2**32, x)
+    return torch.where(x >= 2**31, x - 2**32, x).to(torch.int32)
 
 
 def _mix(x: Tensor) -> Tensor:
