@@ -10,8 +10,16 @@ from .nn import GRU as GRU
 from .nn import LSTM as LSTM
 from .nn import RNN as RNN
 from .nn import GRUCell as GRUCell
+from .nn import KVCache as KVCache
 from .nn import LSTMCell as LSTMCell
+from .nn import MultiheadAttention as MultiheadAttention
 from .nn import RNNCell as RNNCell
+from .nn import RotaryEmbedding as RotaryEmbedding
+from .nn import Transformer as Transformer
+from .nn import TransformerDecoder as TransformerDecoder
+from .nn import TransformerDecoderLayer as TransformerDecoderLayer
+from .nn import TransformerEncoder as TransformerEncoder
+from .nn import TransformerEncoderLayer as TransformerEncoderLayer
 from .swap import restore as restore
 from .swap import swap as swap
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from fastseq.nn import REPLACEMENTS
+from fastseq.nn.tracing import Traced
 
 __all__ = ["Kept", "Report", "Swapped", "restore", "swap"]
 
@@ -42,8 +43,8 @@ class Kept(NamedTuple):
 class Report:
     """What :func:`swap` or :func:`restore` did: its length counts the changed modules, its text is a table.
 
-    Modules that have nothing to do with recurrence (a ``Linear``, say) are not mentioned. A module that is
-    reached by several names is mentioned once, by the first.
+    Modules that fastseq has nothing like (a ``Linear``, say) are not mentioned. A module that is reached by several
+    names is mentioned once, by the first.
 
     Example:
         >>> import torch, fastseq
@@ -72,11 +73,13 @@ class Report:
 def swap(model: torch.nn.Module) -> Report:
     """Turn, in place, every module in ``model`` that fastseq has an equal of into fastseq's.
 
-    Concerns modules whose type is exactly ``torch.nn.RNN``, ``LSTM``, ``GRU``, ``RNNCell``, ``LSTMCell`` or
-    ``GRUCell``, wherever they are registered, ``model`` itself included. Left alone, and reported with the
-    reason: subclasses, which may compute something else (derive them from ``fastseq.LSTM`` and its siblings);
-    classes that torch made for one module (swap before parametrising or ``fully_shard``); modules whose
-    ``forward`` was replaced on the instance; TorchScript and quantised modules.
+    Concerns modules whose type is exactly ``torch.nn.RNN``, ``LSTM``, ``GRU``, ``RNNCell``, ``LSTMCell``,
+    ``GRUCell``, ``MultiheadAttention``, ``Transformer`` or one of its encoders, decoders and layers, wherever they
+    are registered, ``model`` itself included. A ``Transformer`` is swapped part by part, so a custom layer stays
+    what it is among swapped ones. Left alone, and reported with the reason: subclasses, which may compute something
+    else (derive them from ``fastseq.LSTM`` and its siblings); classes that torch made for one module (swap before
+    parametrising or ``fully_shard``); modules whose ``forward`` was replaced on the instance; TorchScript and
+    quantised modules.
 
     ``isinstance(module, torch.nn.LSTM)`` stays true. :func:`restore` before tools that go by the exact type:
     ``torch.ao.quantization`` does not know a swapped module, ``torch.jit.script`` puts a torch module in its place.
@@ -103,7 +106,8 @@ def swap(model: torch.nn.Module) -> Report:
 def restore(model: torch.nn.Module) -> Report:
     """Give, in place, every fastseq module in ``model`` its torch class back: the inverse of :func:`swap`.
 
-    Concerns modules whose type is exactly one that ``swap`` gives, those that were built as such included.
+    Concerns modules whose type is exactly one that ``swap`` gives, those that were built as such included; left
+    alone, and reported, are those built with an option that torch lacks (``rotary``, say), and what holds them.
 
     Args:
         model: any module.
@@ -146,7 +150,10 @@ def _why_not(module: torch.nn.Module, table: Mapping[ModuleClass, ModuleClass]) 
     kind = type(module)
     if kind in table:
         # accelerate and make_graphed_callables do this: the instance would go on running the old function.
-        return "its forward was replaced on the instance" if "forward" in vars(module) else None
+        if "forward" in vars(module):
+            return "its forward was replaced on the instance"
+        extras = {e for part in module.modules() if isinstance(part, Traced) for e in part._extras()}
+        return f"torch.nn has no {', '.join(sorted(extras))}" if extras and kind in _ORIGINALS else None
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript: its code is fixed" if module.original_name in _NAMES else None
     if kind.__module__.startswith("torch.ao.") and kind.__name__ in _NAMES:

@@ -1,4 +1,4 @@
-"""The laws of swap and restore: nothing about a model changes but the class of its recurrent modules."""
+"""The laws of swap and restore: nothing about a model changes but the class of some of its modules."""
 
 import copy
 import importlib
@@ -28,6 +28,11 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "lstm_cell": lambda: nn.LSTMCell(I, H),
     "gru_cell": lambda: nn.GRUCell(I, H),
 }
+
+
+# Of the attention modules, which compute the same numbers but not bit for bit, tests/test_modules_attention.py and
+# tests/test_transformer.py tell the laws of a swap.
+RECURRENT = {kind: ours for kind, ours in REPLACEMENTS.items() if issubclass(kind, (nn.RNNBase, nn.RNNCellBase))}
 
 
 class MyLSTM(nn.LSTM):
@@ -114,7 +119,7 @@ def test_class_is_the_only_change(module: nn.Module) -> None:
     assert repr(module) == text
 
 
-@pytest.mark.parametrize("kind", REPLACEMENTS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", RECURRENT, ids=lambda kind: kind.__name__)
 def test_replacement_adds_no_instance_state(kind: type[nn.Module]) -> None:
     ours = REPLACEMENTS[kind]
     assert issubclass(ours, kind)
@@ -122,7 +127,7 @@ def test_replacement_adds_no_instance_state(kind: type[nn.Module]) -> None:
 
 
 def test_every_type_is_tested() -> None:
-    assert {type(build()) for build in BUILDERS.values()} == set(REPLACEMENTS)
+    assert {type(build()) for build in BUILDERS.values()} == set(RECURRENT)
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.float64}, {"dtype": torch.bfloat16}, {"device": "meta"}])
@@ -313,11 +318,13 @@ def test_restore_takes_modules_that_were_built_as_ours() -> None:
     assert_same(run(model, x), expected)
 
 
-def test_model_without_recurrence_gives_an_empty_report() -> None:
-    report = fastseq.swap(nn.TransformerEncoderLayer(8, 2, 16))
+def test_model_with_nothing_to_swap_gives_an_empty_report() -> None:
+    report = fastseq.swap(nn.Sequential(nn.Linear(8, 2), nn.ReLU()))
     assert not report
     assert report.kept == ()
-    assert str(report) == "nothing to swap: no RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell"
+    names = ", ".join(kind.__name__ for kind in REPLACEMENTS)
+    assert names.startswith("RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell, MultiheadAttention, TransformerEncoderLayer")
+    assert str(report) == f"nothing to swap: no {names}"
 
 
 def test_report_reads_as_a_table() -> None:

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import dynamo, functional
 from ..implementation import Choice, chosen
+from .tracing import Traced
 
 _STOCK = frozenset({"auto", "torch"})
 _SEQUENCES: dict[str, Any] = {
@@ -41,25 +42,7 @@ def _check_pair(hx: Any) -> None:
         raise RuntimeError(f"hx: expected a tuple (h, c), got {len(hx)} tensors")
 
 
-class _Traced(torch.nn.Module):
-    """What the older tracers need to treat a class of ours as they treat torch.nn's."""
-
-    def __prepare_scriptable__(self) -> torch.nn.Module:
-        """TorchScript cannot compile our keywords and needs none of them: it gets the torch.nn module."""
-        if type(self).__module__ != __name__:
-            return self  # somebody's subclass, with a forward of its own
-        base: Any = next(c for c in type(self).__mro__ if c.__module__ == "torch.nn.modules.rnn")
-        plain: torch.nn.Module = base.__new__(base)
-        plain.__dict__.update(self.__dict__)
-        return plain
-
-    def _leaf(self, proxy: Proxy, *args: Any, **keywords: Any) -> Any:
-        """torch.fx does not look inside torch.nn's modules, nor should it inside ours."""
-        tracer: Any = proxy.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (proxy, *args), keywords)
-
-
-class _Sequence(_Traced, torch.nn.RNNBase):
+class _Sequence(Traced, torch.nn.RNNBase):
     """What RNN, LSTM and GRU share: the call."""
 
     _states = 1
@@ -296,7 +279,7 @@ class GRU(_Sequence, torch.nn.GRU):
     """
 
 
-class _Cell(_Traced, torch.nn.RNNCellBase):
+class _Cell(Traced, torch.nn.RNNCellBase):
     """What RNNCell, LSTMCell and GRUCell share: the call."""
 
     _states = 1
