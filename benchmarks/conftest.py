@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import Case, prepare
+from contest import Case
 
 from fastseq import stopwatch
 
@@ -48,16 +48,19 @@ def race(benchmark, verdicts: Verdicts, request: pytest.FixtureRequest) -> Calla
     device = request.config.getoption("--on")
 
     def run(case: Case, side: str) -> None:
-        contest = prepare(case, device)
+        contest = case.contest(device, ("auto",))
+        contest.drop_wrong_rivals()
         if case not in verdicts:
             verdicts[case] = {name: contest.disagreement(name) for name in contest.sides}
         wrong = {name: why for name, why in verdicts[case].items() if why is not None}
         assert not wrong, f"not timed, the results disagree: {wrong}"
-        choice = contest.explain()
+        with contest.context():
+            choice = contest.explain()
         benchmark.group = case.name
         benchmark.extra_info.update(stopwatch.provenance(device))
         benchmark.extra_info.update(side=side, implementation=choice.name, why=choice.reason)
-        with contest.grad_mode():
+        with contest.context():
+            contest.set_up(side)
             benchmark(contest.sides[side])
 
     return run

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-HEADER = f"{'case':<54}{'torch ms':>10}{'kernel ms':>10}{'µs/step':>9}{'speed':>7}{'noise':>7}  auto would run"
+HEADER = f"{'case':<60}{'torch ms':>10}{'kernel ms':>10}{'speed':>7}{'noise':>7}  auto would run; torch's best way"
 Row = dict[str, Any]
 TROUBLES = ("barred", "refused", "red", "hung", "error")  # why a row has no timing
 
@@ -14,12 +14,12 @@ def line(row: Row) -> str:
     """A row for people: a timing, or the reason why there is none."""
     for word in TROUBLES:
         if word in row:
-            return f"{row['name']:<54}{word}: {row[word].splitlines()[0]}"
+            return f"{row['name']:<60}{word}: {row[word].splitlines()[0]}"
     peer, ours = row["sides"][_peer(row)], row["sides"][row["kernel"]]
     return (
-        f"{row['name']:<54}{peer['ms']['median']:>10.3f}{ours['ms']['median']:>10.3f}{ours['us_per_step']:>9.2f}"
+        f"{row['name']:<60}{peer['ms']['median']:>10.3f}{ours['ms']['median']:>10.3f}"
         f"{ours['speed']['median']:>7.2f}{row['noise']:>7.3f}  {row['auto']}"
-    )
+    ) + ("" if row["best"] == _peer(row) else f"; {row['best']} {ours['speed_beside_best']['median']:.2f}")
 
 
 def write(out: Path) -> int:
@@ -45,7 +45,7 @@ def write(out: Path) -> int:
 
 
 def crossover(about: Row, rows: list[Row]) -> str:
-    """Tables of speed (torch's time over the kernel's), H down and B across, per cell, dtype, mode, T."""
+    """Tables of speed (torch's time over the kernel's): of layers H down and B across, of attention a line per case."""
     provenance = about["provenance"]
     said = [
         f"# {provenance['device']}, commit {provenance['commit']}, torch {provenance['torch']}, "
@@ -58,6 +58,9 @@ def crossover(about: Row, rows: list[Row]) -> str:
         "the noise of 1; `-`: not timed.",
     ]
     timed = [row for row in rows if "sides" in row]
+    attention = [row for row in timed if row["case"]["kind"] in ("attention", "decode", "mha", "encoder")]
+    for (kind, dtype, mode), rows_of_one in itertools.groupby(sorted(attention, key=_sort), key=_sort):
+        said += ["", f"## {kind} {dtype} {mode}", "", *_rivals(list(rows_of_one))]
     layers = [row for row in timed if row["case"]["kind"] == "layer"]
     layers.sort(key=_table)
     for table, members in itertools.groupby(layers, key=_table):
@@ -68,10 +71,44 @@ def crossover(about: Row, rows: list[Row]) -> str:
         members = [row for row in timed if row["case"]["kind"] == kind]
         if members:
             said += ["", f"## {title}", "", *_sides(members)]
-    wrong = [row for row in layers if _mark(row) in ("^", "v")]
-    said += ["", f"## Where `auto` is wrong: {len(wrong)} of {len(layers)}", ""]
+    judged = [*attention, *layers]
+    wrong = [row for row in judged if _mark(row) in ("^", "v")]
+    said += ["", f"## Where `auto` is wrong: {len(wrong)} of {len(judged)}", ""]
     said += [f"- {row['name']}: {_speed(row):.2f}, auto took {row['auto']} ({row['why']})" for row in wrong]
     return "\n".join(said) + "\n"
+
+
+def _sort(row: Row) -> tuple[str, str, str]:
+    case = row["case"]
+    return (case["kind"], case["dtype"], case["mode"])
+
+
+def _rivals(members: list[Row]) -> list[str]:
+    """A Markdown table of one (kind, dtype, mode) of attention, and what could not take part."""
+    said = [
+        "| case | torch ms | runs | best rival ms | kernel ms | speed | beside best | rate | of ceiling | MiB, torch |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in members:
+        sides, best = row["sides"], row["best"]
+        peer, ours = sides[_peer(row)], sides[row["kernel"]]
+        rate = f"{ours['gb_per_s']:.0f} GB/s" if "gb_per_s" in ours else f"{ours['tflops']:.1f} TFLOP/s"
+        memory = f"{ours['peak_mib']:.0f}, {peer['peak_mib']:.0f}" if "peak_mib" in ours else "-"
+        name = row["name"].removeprefix(f"{row['case']['kind']}-").split(f"-{row['case']['dtype']}")[0]
+        entries = [
+            name, f"{peer['ms']['median']:.3f}", row["torch_runs"], f"{best} {sides[best]['ms']['median']:.3f}",
+            f"{ours['ms']['median']:.3f}", f"{_speed(row):.2f}{_mark(row)}",
+            f"{ours['speed_beside_best']['median']:.2f}", rate, f"{ours['percent_of_ceiling']:.0f} %", memory,
+        ]  # fmt: skip
+        said.append("| " + " | ".join(entries) + " |")
+    reasons: dict[tuple[str, str], int] = {}
+    for row in members:
+        for side, reason in row.get("cannot", {}).items():
+            reasons[side, reason] = reasons.get((side, reason), 0) + 1
+    if reasons:
+        said += ["", "Did not take part:", ""]
+        said += [f"- {side}, {number} cases: {reason}" for (side, reason), number in reasons.items()]
+    return said
 
 
 def _grid(members: list[Row]) -> list[str]:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import measure
 import torch
-from cases import Case, prepare
+from recurrent_cases import Recurrent
 
 from fastseq import stopwatch
 
 CASES = [
-    Case("reset", cell, B, 128, 128, mode=mode, density=density)
+    Recurrent("reset", cell, B, 128, 128, mode=mode, density=density)
     for cell in ("lstm", "gru")
     for B, density in ((1, 0.02), (16, 0.02), (16, 0.2), (64, 0.02))
     for mode in ("forward", "train")
@@ -29,9 +29,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = []
+    ceilings = measure.ceilings("cpu", ["float32"], options.threads)
     print(f"{'case, p resets per step':<48}{'ours ms':>9}  speed beside pad_and_split, stretches, python_loop  (A/A)")
     for case in CASES:
-        contest = prepare(case)
+        contest = case.contest()
         choice = contest.explain()
         for side in contest.sides:
             wrong = contest.disagreement(side)
@@ -40,7 +41,7 @@ def main() -> None:
         ours, again = race.ratio("fastseq"), race.noise()
         beside = {side: race.ratio(side).median / ours.median for side in contest.sides if side != "fastseq"}
         facts = {"implementation": choice.name, "why": choice.reason, "speed_beside": beside}
-        rows.append(measure.row(case, race, None, **facts))
+        rows.append(measure.row(contest, race, ceilings, **facts))
         speeds = "".join(f"{speed:>9.2f}" for speed in beside.values())
         same = 1 / again.median if again else 1.0
         print(f"{case.name:<48}{race.time('fastseq').median:>9.2f}{speeds}  ({same:.3f})", flush=True)

@@ -1,6 +1,6 @@
 """Single steps: RNNCell, LSTMCell and GRUCell beside torch.nn's. The small ones show the cost of a call."""
 
-from cases import Case, grid
+from recurrent_cases import Recurrent, grid
 
 SIDES = ("torch", "fastseq")
 DEFAULT = [*grid("step", B=(1, 64), T=(1,), H=(64, 512)), *grid("layer", B=(1,), T=(1,), H=(8,))]
@@ -10,5 +10,5 @@ FULL = [
 ]
 
 
-def test_step(race, case: Case, side: str) -> None:
+def test_step(race, case: Recurrent, side: str) -> None:
     race(case, side)

@@ -1,21 +1,22 @@
 """Layers: fastseq.RNN, LSTM and GRU beside torch.nn's, forward and forward plus backward."""
 
-from cases import MODES, Case, grid
+from contest import MODES
+from recurrent_cases import Recurrent, grid
 
 SIDES = ("torch", "fastseq")
 DEFAULT = [
     *(
-        Case("layer", cell, B, T, H, mode=mode)
+        Recurrent("layer", cell, B, T, H, mode=mode)
         for cell in ("rnn", "lstm", "gru")
         for B, T, H in ((1, 32, 128), (16, 128, 128), (16, 32, 512))
         for mode in MODES
     ),
     *(
-        Case("layer", cell, 16, 32, 128, mode=mode, layers=2, directions=2)
+        Recurrent("layer", cell, 16, 32, 128, mode=mode, layers=2, directions=2)
         for cell in ("lstm", "gru")
         for mode in MODES
     ),
-    *(Case("layer", cell, 16, 32, 128, "bfloat16", mode) for cell in ("lstm", "gru") for mode in MODES),
+    *(Recurrent("layer", cell, 16, 32, 128, "bfloat16", mode) for cell in ("lstm", "gru") for mode in MODES),
 ]
 SIZES = {"H": (64, 128, 256, 512, 768, 1024), "B": (1, 16, 64, 128), "T": (128, 1024)}
 FULL = [
@@ -24,5 +25,5 @@ FULL = [
 ]
 
 
-def test_layer(race, case: Case, side: str) -> None:
+def test_layer(race, case: Recurrent, side: str) -> None:
     race(case, side)

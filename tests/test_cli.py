@@ -103,9 +103,11 @@ def run(capsys, monkeypatch, tmp_path):
     small = characters.Sizes(embedding=8, hidden=16, time=12, batch=4)
     monkeypatch.setattr(language, "Sizes", lambda: small)
     monkeypatch.setattr(characters, "SAMPLE_LENGTH", 20)
-    for name, (kind, shapes) in bench.CASES.items():
-        tiny = bench.Shape(shapes[0].T and 3, 2, 4, 5)
-        monkeypatch.setitem(bench.CASES, name, (kind, (tiny,)))
+    for name, (pair, shapes) in bench.CASES.items():
+        tiny = bench.Heads(2, 2, 5, 4, causal=True, padded=True)
+        if isinstance(shapes[0], bench.Shape):
+            tiny = bench.Shape(shapes[0].T and 3, 2, 4, 5)
+        monkeypatch.setitem(bench.CASES, name, (pair, (tiny,)))
 
     def run(*arguments):
         code = main([*arguments])
@@ -284,7 +286,7 @@ def test_mismatch_is_found_named_and_not_timed(run, factory, reason):
         (["compare", "--steps", "0"], "expected at least 1, got 0"),
         (["compare", "--device", "abacus"], "--device abacus: torch knows no such device"),
         (["compare", "--output", "model.py/below"], "--output model.py/below: Not a directory"),
-        (["bench", "lstn"], "no case 'lstn'; there are lstm, gru, rnn, lstm_cell, gru_cell, rnn_cell"),
+        (["bench", "lstn"], "no case 'lstn'; there are lstm, gru, rnn, lstm_cell, gru_cell, rnn_cell, attention, mha"),
         pytest.param(
             ["compare", "--device", "cuda"], "--device cuda: torch sees no such device here",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device"),
@@ -346,6 +348,35 @@ def test_bench_gives_no_times_to_a_mismatch(run, monkeypatch):
     assert "mismatch: gru T3 B2 I4 H5" in err
 
 
+@pytest.mark.parametrize("implementation", ["auto", "torch", "reference"])
+def test_bench_of_attention_agrees_with_torch(run, implementation):
+    options = ("--json", "--budget", "0", "--device", "cpu", "--implementation", implementation)
+    code, out, err = run("bench", "attention", "mha", "encoder", *options)
+    assert code == 0, err
+    made = json.loads(out)
+    assert made["mismatches"] == []
+    assert [row["case"] for row in made["rows"]] == ["attention"] * 2 + ["mha"] * 2 + ["encoder"] * 2
+    assert {row["shape"] for row in made["rows"]} == {"B2 N2 S5 D4 causal padded"}
+
+
+@pytest.mark.parametrize("hidden", [{}, {"causal": True}, {"padded": True}])
+def test_bench_of_attention_hides_the_same_on_both_sides(run, monkeypatch, hidden):
+    for name in ("attention", "mha", "encoder"):
+        monkeypatch.setitem(bench.CASES, name, (bench.CASES[name][0], (bench.Heads(2, 2, 5, 4, **hidden),)))
+    assert run("bench", "attention", "mha", "encoder", "--budget", "0", "--device", "cpu")[0] == 0
+
+
+def test_bench_gives_no_times_to_a_wrong_attention(run, monkeypatch):
+    attend = bench.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        bench.functional, "scaled_dot_product_attention", lambda *a, **options: attend(*a, **options | {"scale": 0.4})
+    )
+    code, out, err = run("bench", "attention", "--json", "--budget", "0", "--device", "cpu")
+    assert code == 1
+    assert json.loads(out)["rows"] == []
+    assert "mismatch: attention B2 N2 S5 D4 causal padded: output" in err
+
+
 # fastseq info
 
 
@@ -354,6 +385,13 @@ def test_info_explains_every_operation(run):
     assert code == 0
     assert all(name in out for name in info.OPERATIONS)
     assert torch.__version__ in out
+
+
+def test_info_says_why_of_attention(run):
+    made = json.loads(run("info", "--json")[1])
+    reasons = {entry["operation"]: entry["reason"] for entry in made["operations"] if entry["device"] == "cpu"}
+    assert {"attention", "attention, masked", "mha", "encoder"} <= reasons.keys()
+    assert reasons["attention"] != reasons["attention, masked"]
 
 
 def test_info_as_a_process_is_json():

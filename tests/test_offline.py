@@ -17,7 +17,7 @@ from .support import offline
 TOYS = ["tests.test_offline"]  # this module, imported again by the process that compiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def product_kernel(x_ptr, w_ptr, y_ptr, T, H: tl.constexpr, B: tl.constexpr, OTHERS: tl.constexpr):
     """A time loop around one product; OTHERS more tiles stay alive across it."""
     offs_h, offs_b = tl.arange(0, H), tl.arange(0, B)
@@ -35,13 +35,23 @@ def product_kernel(x_ptr, w_ptr, y_ptr, T, H: tl.constexpr, B: tl.constexpr, OTH
     tl.store(y_ptr + offs_h[:, None] * B + offs_b[None, :], y.to(y_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def sum_kernel(x_ptr, y_ptr, T, H: tl.constexpr):
     """A time loop without a product."""
     offs_h = tl.arange(0, H)
     y = tl.zeros([H], tl.float32)
     for t in range(T):
         y += tl.load(x_ptr + t * H + offs_h).to(tl.float32)
+    tl.store(y_ptr + offs_h, y.to(y_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["T"])
+def strided_kernel(x_ptr, stride_xt, y_ptr, T, scale, H: tl.constexpr):
+    """Rows that lie a stride apart; ``exp2`` takes no integer, so the scale is a float or nothing compiles."""
+    offs_h = tl.arange(0, H)
+    y = tl.zeros([H], tl.float32)
+    for t in range(T):
+        y += tl.load(x_ptr + t * stride_xt + offs_h).to(tl.float32) * tl.exp2(scale)
     tl.store(y_ptr + offs_h, y.to(y_ptr.dtype.element_ty))
 
 
@@ -66,6 +76,21 @@ def configurations() -> Iterator[offline.Configuration]:
         "num_warps": 4,
         "num_stages": 1,
     }
+    yield {
+        "name": "strided",
+        "fn": strided_kernel,
+        "signature": {
+            "x_ptr": "*bf16",
+            "stride_xt": "i32",
+            "y_ptr": "*bf16",
+            "T": "i32",
+            "scale": "i32",
+            "H": "constexpr",
+        },
+        "constexprs": {"H": 1024},
+        "num_warps": 4,
+        "num_stages": 1,
+    }
     yield product("broken", H=48)  # not a power of two
 
 
@@ -76,7 +101,7 @@ def toys() -> dict[str, offline.Figures]:
 
 @pytest.fixture(scope="module")
 def shipped() -> dict[str, Any]:
-    """What the compiler makes of our kernels: by default one configuration of each kernel, cell and target.
+    """What the compiler makes of our kernels: by default the representative configurations of each kernel and cell.
 
     With FASTSEQ_OFFLINE=all of every configuration, as ``python benchmarks/offline.py`` does.
     """
@@ -131,6 +156,11 @@ def test_spills_are_caught(toys: dict[str, offline.Figures]) -> None:
     assert all("spills in a loop" in sentence for (sentence,) in wrong.values())
 
 
+def test_strides_and_numbers_are_compiled_as_launched(toys: dict[str, offline.Figures]) -> None:
+    """Rows of a stride that Triton may look at are read 16 bytes at a time; what is no integer is a float."""
+    assert toys["strided sm_90"]["ldg128"]
+
+
 def test_spills_before_the_loop_are_not_held_against_it() -> None:
     listing = """
 .text.kernel:
@@ -178,6 +208,7 @@ def test_idle_tensor_cores_are_caught(toys: dict[str, offline.Figures]) -> None:
     ampere, hopper = toys["good sm_80"] | idle, toys["good sm_90"] | idle | {"hmma": 4}
     assert "none on tensor cores" in offline.violations("good sm_80", ampere)[0]
     assert "none done so" in offline.violations("good sm_90", hopper)[0]
+    assert "single warps" in offline.violations("good sm_90", toys["good sm_90"] | {"hmma": 4})[0]
 
 
 def test_a_kernel_without_a_product_uses_no_tensor_cores(toys: dict[str, offline.Figures]) -> None:

@@ -60,7 +60,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="fastseq", description="Drop-in recurrent modules for PyTorch.")
+    parser = _Parser(prog="fastseq", description="Drop-in sequence modules for PyTorch.")
     parser.add_argument("--version", action="version", version=f"fastseq {fastseq.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="compare|bench|info")
 

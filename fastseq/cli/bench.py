@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from fastseq import functional
 from fastseq.cli.compare import RUNS, Settings, share_weights, swapped_pair, switches
 from fastseq.cli.equality import Call, compare_models
 from fastseq.cli.show import Mistake, interval, milliseconds, print_json, progress, say, show_table, show_text
@@ -32,16 +36,106 @@ class Shape:
         return f"{time}B{self.B} I{self.I} H{self.H}"
 
 
+@dataclass(frozen=True)
+class Heads:
+    """B batch, N heads, S queries and as many keys, D width of a head; what hides keys from queries."""
+
+    B: int
+    N: int
+    S: int
+    D: int
+    causal: bool = False
+    padded: bool = False
+
+    def __str__(self) -> str:
+        hidden = (" causal" if self.causal else "") + (" padded" if self.padded else "")
+        return f"B{self.B} N{self.N} S{self.S} D{self.D}{hidden}"
+
+
+class Function(nn.Module):
+    """A function of tensors as a module."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self.function(*tensors)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of a sequence to itself."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+
+    def forward(self, x: Tensor, **masks: Any) -> Tensor:
+        y: Tensor = self.attention(x, x, x, need_weights=False, **masks)[0]
+        return y
+
+
+Pair = tuple[nn.Module, nn.Module, Call]
+
+
+def recurrent(kind: type[nn.Module], shape: Shape, device: torch.device) -> Pair:
+    """Torch's layer or cell, ours, and their input."""
+    width = (shape.B,) if shape.T is None else (shape.T, shape.B)
+    peer, ours, _ = swapped_pair(kind(shape.I, shape.H).to(device))
+    return peer, ours, Call((torch.randn(*width, shape.I).to(device),))
+
+
+def attention(shape: Heads, device: torch.device) -> Pair:
+    """The function; torch's takes one mask, so padding and causality are made one before the clock starts."""
+    padding, future = _hidden(shape, device)
+    mask = None if padding is None else ~padding[:, None, None]
+    ours = functools.partial(functional.scaled_dot_product_attention, attn_mask=mask, is_causal=shape.causal)
+    theirs = functools.partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=shape.causal)
+    if mask is not None and future is not None:
+        theirs = functools.partial(F.scaled_dot_product_attention, attn_mask=mask & ~future)
+    tensors = (torch.randn(shape.B, shape.S, shape.N, shape.D).to(device).transpose(1, 2) for _ in range(3))
+    return Function(theirs), Function(ours), Call(tuple(tensors))
+
+
+def module(name: str, shape: Heads, device: torch.device) -> Pair:
+    """Torch's module without dropout, ours, and their input; in eval, where torch's takes its fast path."""
+    width = shape.N * shape.D
+    model: nn.Module = SelfAttention(width, shape.N)
+    if name == "encoder":
+        model = nn.TransformerEncoderLayer(width, shape.N, 4 * width, dropout=0.0, batch_first=True)
+    padding, future = _hidden(shape, device)
+    masks: dict[str, Any] = {"key_padding_mask": padding, "attn_mask": future, "is_causal": shape.causal}
+    if name == "encoder":
+        masks = {"src_key_padding_mask": padding, "src_mask": future, "is_causal": shape.causal}
+    peer, ours, _ = swapped_pair(model.to(device).eval())
+    return peer, ours, Call((torch.randn(shape.B, shape.S, width).to(device),), masks)
+
+
+def _hidden(shape: Heads, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Padding ``[B, S]``, of which the first row has half and each next one less, and the future ``[S, S]``."""
+    lengths = torch.linspace(shape.S / 2, shape.S, shape.B, device=device).ceil()
+    padding = torch.arange(shape.S, device=device) >= lengths[:, None]
+    future = torch.ones(shape.S, shape.S, dtype=torch.bool, device=device).triu(1)
+    return padding if shape.padded else None, future if shape.causal else None
+
+
 LAYER_SHAPES = (Shape(1, 1, 128, 128), Shape(32, 8, 64, 64), Shape(128, 32, 256, 256))
 CELL_SHAPES = (Shape(None, 1, 128, 128), Shape(None, 64, 256, 256))
+HEADS = (
+    Heads(1, 12, 128, 64), Heads(8, 12, 128, 64, padded=True), Heads(1, 12, 512, 64, causal=True),
+    Heads(2, 12, 512, 64, causal=True, padded=True),
+)  # fmt: skip
 
-CASES: dict[str, tuple[type[nn.Module], tuple[Shape, ...]]] = {
-    "lstm": (nn.LSTM, LAYER_SHAPES),
-    "gru": (nn.GRU, LAYER_SHAPES),
-    "rnn": (nn.RNN, LAYER_SHAPES),
-    "lstm_cell": (nn.LSTMCell, CELL_SHAPES),
-    "gru_cell": (nn.GRUCell, CELL_SHAPES),
-    "rnn_cell": (nn.RNNCell, CELL_SHAPES),
+CASES: dict[str, tuple[Callable[[Any, torch.device], Pair], tuple[Shape | Heads, ...]]] = {
+    "lstm": (functools.partial(recurrent, nn.LSTM), LAYER_SHAPES),
+    "gru": (functools.partial(recurrent, nn.GRU), LAYER_SHAPES),
+    "rnn": (functools.partial(recurrent, nn.RNN), LAYER_SHAPES),
+    "lstm_cell": (functools.partial(recurrent, nn.LSTMCell), CELL_SHAPES),
+    "gru_cell": (functools.partial(recurrent, nn.GRUCell), CELL_SHAPES),
+    "rnn_cell": (functools.partial(recurrent, nn.RNNCell), CELL_SHAPES),
+    "attention": (attention, HEADS),
+    "mha": (functools.partial(module, "mha"), HEADS),
+    "encoder": (functools.partial(module, "encoder"), HEADS),
 }
 
 
@@ -95,12 +189,10 @@ class Mismatch(Exception):  # noqa: N818  (a finding, not an error)
         self.reasons = reasons
 
 
-def measure(name: str, shape: Shape, settings: Settings, budget_s: float) -> list[Result]:
+def measure(name: str, shape: Shape | Heads, settings: Settings, budget_s: float) -> list[Result]:
     """Check one case, then time it forward only and with its backward. Raises Mismatch."""
     torch.manual_seed(0)
-    width = (shape.B,) if shape.T is None else (shape.T, shape.B)
-    peer, ours, _ = swapped_pair(CASES[name][0](shape.I, shape.H).to(settings.device))
-    call = Call((torch.randn(*width, shape.I).to(settings.device),))
+    peer, ours, call = CASES[name][0](shape, settings.device)
     equality = compare_models(peer, ours, call)
     if not equality.passed:
         raise Mismatch([f"{name} {shape}: {reason}" for reason in equality.reasons()])

@@ -2,36 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import nn
 
 import fastseq
+from fastseq import Choice, functional
 from fastseq.cli.show import print_json, show_table
 from fastseq.stopwatch import device_name, provenance
 
 __all__ = ["info"]
 
 T, B, I, H = 64, 32, 256, 256  # noqa: E741  (the letters of the field: time, batch, input, hidden)
+N, D = 4, 64  # heads and their width
 
 
-@dataclass(frozen=True)
-class Operation:
-    """A fastseq module and the shape it is asked about."""
+def recurrent(kind: type[nn.Module], *shape: int, **options: str) -> Callable[[torch.device], Choice]:
+    """Ask a layer or a cell about an input of this shape."""
 
-    kind: type[torch.nn.Module]
-    shape: tuple[int, ...]
-    options: tuple[tuple[str, str], ...] = ()
+    def ask(device: torch.device) -> Choice:
+        return fastseq.explain(kind(I, H, device=device, **options), torch.zeros(*shape, I, device=device))
+
+    return ask
 
 
-OPERATIONS = {
-    "lstm": Operation(fastseq.LSTM, (T, B, I)),
-    "gru": Operation(fastseq.GRU, (T, B, I)),
-    "rnn_tanh": Operation(fastseq.RNN, (T, B, I)),
-    "rnn_relu": Operation(fastseq.RNN, (T, B, I), (("nonlinearity", "relu"),)),
-    "lstm_cell": Operation(fastseq.LSTMCell, (B, I)),
-    "gru_cell": Operation(fastseq.GRUCell, (B, I)),
-    "rnn_cell": Operation(fastseq.RNNCell, (B, I)),
+def attention(beyond: bool) -> Callable[[torch.device], Choice]:
+    """Ask the function; ``beyond``: with a mask, a bias, or anything else of which torch's operators promise less."""
+
+    def ask(device: torch.device) -> Choice:
+        heads = torch.zeros(B, N, T, D, device=device)
+        return functional.choose_attention(heads, heads, beyond)
+
+    return ask
+
+
+def multihead_attention(device: torch.device) -> Choice:
+    """Ask the module, which returns weights unless told not to."""
+    x = torch.zeros(T, B, N * D, device=device)
+    return fastseq.explain(fastseq.MultiheadAttention(N * D, N, device=device), x, x, x)
+
+
+def encoder_layer(device: torch.device) -> Choice:
+    x = torch.zeros(T, B, N * D, device=device)
+    return fastseq.explain(fastseq.TransformerEncoderLayer(N * D, N, device=device), x)
+
+
+OPERATIONS: dict[str, Callable[[torch.device], Choice]] = {
+    "lstm": recurrent(fastseq.LSTM, T, B),
+    "gru": recurrent(fastseq.GRU, T, B),
+    "rnn_tanh": recurrent(fastseq.RNN, T, B),
+    "rnn_relu": recurrent(fastseq.RNN, T, B, nonlinearity="relu"),
+    "lstm_cell": recurrent(fastseq.LSTMCell, B),
+    "gru_cell": recurrent(fastseq.GRUCell, B),
+    "rnn_cell": recurrent(fastseq.RNNCell, B),
+    "attention": attention(beyond=False),
+    "attention, masked": attention(beyond=True),
+    "mha": multihead_attention,
+    "encoder": encoder_layer,
 }
 
 
@@ -61,7 +90,7 @@ def info(*, as_json: bool) -> None:
         for choice in choices
     ]  # fmt: skip
     show_table(
-        f"What would run (fp32, T = {T}, B = {B}, I = {I}, H = {H})",
+        f"What would run (fp32, T = {T}, B = {B}, I = {I}, H = {H}; {N} heads of width {D})",
         ["device", "operation", "runs", "because", "not"], rows, words=5,
     )  # fmt: skip
 
@@ -79,7 +108,5 @@ class Explained:
 
 def explained(name: str, device: torch.device) -> Explained:
     """Ask for one operation on one device."""
-    operation = OPERATIONS[name]
-    module = operation.kind(I, H, device=device, **dict(operation.options))
-    choice = fastseq.explain(module, torch.zeros(operation.shape, device=device))
+    choice = OPERATIONS[name](device)
     return Explained(name, str(device), choice.name, choice.reason, dict(choice.others))

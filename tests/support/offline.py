@@ -39,7 +39,10 @@ RELEASE = triton.__version__.split("+")[0]
 VERSION = tuple(int(part) for part in RELEASE.split(".")[:2])
 TABLE = ROOT / "benchmarks" / "results" / "offline" / f"triton-{RELEASE}.json"
 # Each has configurations(), which yields dicts: name, fn, signature, constexprs, num_warps, num_stages.
-KERNELS = [f"fastseq.kernels.recurrent.{name}" for name in ("sequence", "pointwise", "cell")]
+KERNELS = [
+    *(f"fastseq.kernels.recurrent.{name}" for name in ("sequence", "pointwise", "cell")),
+    *(f"fastseq.kernels.attention.{name}" for name in ("forward", "backward", "decode")),
+]
 WORKERS = 2
 
 Configuration = dict[str, Any]
@@ -69,10 +72,19 @@ TARGETS = {
 
 
 def source(configuration: Configuration) -> ASTSource:
-    """What the launcher would compile: pointers divisible by 16, no other specialisation."""
-    fn = configuration["fn"]
-    signature = {name: configuration["signature"][name] for name in fn.arg_names}  # Triton reads them in order
-    aligned = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
+    """What the launcher would compile: pointers and strides divisible by 16, no other specialisation.
+
+    Integers that vary per call are strides by their name, or never specialised; what is neither is a float.
+    """
+    fn, signature = configuration["fn"], {}
+    for parameter in fn.params:  # Triton reads them in order
+        name, kind = parameter.name, configuration["signature"][parameter.name]
+        whole = kind != "i32" or name.startswith("stride_") or parameter.do_not_specialize
+        signature[name] = kind if whole else "fp32"
+    aligned = [
+        i for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (kind == "i32" and name.startswith("stride_"))
+    ]  # fmt: skip
     return ASTSource(
         fn,
         signature=signature,
@@ -318,8 +330,12 @@ def violations(row: str, figures: Figures) -> list[str]:
         wrong.append(f"{row}: {figures['shared']} bytes of shared memory, {name} has {target.shared}")
     if figures["dots"] and not any(figures.get(kind) for kind in TENSOR_CORES):
         wrong.append(f"{row}: {figures['dots']} products, none on tensor cores")
-    if name == "sm_90" and figures["warp_group_dots"] and not figures["num_warps"] % 4 and not figures["hgmma"]:
-        wrong.append(f"{row}: {figures['warp_group_dots']} products for warp groups, none done so (HGMMA)")
+    if name == "sm_90" and figures["warp_group_dots"] and not figures["num_warps"] % 4:
+        wide, alone = figures["warp_group_dots"], figures["hmma"]
+        if not figures["hgmma"]:
+            wrong.append(f"{row}: {wide} products for warp groups, none done so (HGMMA)")
+        elif alone and wide == figures["dots"]:
+            wrong.append(f"{row}: {wide} products for warp groups, but {alone} instructions of single warps (HMMA)")
     return wrong
 
 
@@ -344,13 +360,21 @@ def kind(configuration: Configuration) -> tuple[str, ...]:
     return configuration["fn"].__name__, *(value.__name__ for value in given if isinstance(value, JITFunction))
 
 
-def representative(configurations: dict[str, Configuration]) -> list[str]:
-    """Of each kernel and cell the name of one configuration: the last of those that take the most tensors."""
-    chosen: dict[tuple[str, ...], Configuration] = {}
-    tensors = [sum(type.startswith("*") for type in c["signature"].values()) for c in configurations.values()]
-    for _, configuration in sorted(zip(tensors, configurations.values(), strict=True), key=lambda pair: pair[0]):
-        chosen[kind(configuration)] = configuration
-    return sorted(configuration["name"] for configuration in chosen.values())
+def representative(configurations: dict[str, Configuration], target: str) -> list[str]:
+    """Of each kernel and cell a few names: the first of those that take the most tensors, or the fewest, or both.
+
+    The most where a spill is an error, for there registers are short; the fewest where it is not, and on sm_90,
+    where tensor cores may fall idle.
+    """
+    kinds: dict[tuple[str, ...], list[Configuration]] = {}
+    for configuration in configurations.values():
+        kinds.setdefault(kind(configuration), []).append(configuration)
+    extremes = [max] * TARGETS[target].no_spills + [min] * (target == "sm_90" or not TARGETS[target].no_spills)
+    return sorted({extreme(same, key=tensors)["name"] for same in kinds.values() for extreme in extremes})
+
+
+def tensors(configuration: Configuration) -> int:
+    return sum(argument.startswith("*") for argument in configuration["signature"].values())
 
 
 def measure(modules: list[str], subset: bool) -> dict[str, Any]:
@@ -360,7 +384,7 @@ def measure(modules: list[str], subset: bool) -> dict[str, Any]:
     jobs = [
         (module, name, target)
         for module, target in pairs
-        for name in (representative(published(module, target)) if subset else published(module, target))
+        for name in (representative(published(module, target), target) if subset else published(module, target))
     ]
     rows = {}
     with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
