@@ -98,8 +98,8 @@ class Attention:
 
     @property
     def needs(self) -> frozenset[str]:
-        forward = "attention_decode" if self.kind == "decode" else "attention_forward"
-        return frozenset({forward, "attention_backward"} if self.mode == "train" else {forward})
+        more = {"attention_decode"} if self.kind == "decode" else set()
+        return frozenset({"attention_forward", *more} | ({"attention_backward"} if self.mode == "train" else set()))
 
     @property
     def flexed(self) -> bool:
@@ -164,7 +164,7 @@ def _function(case: Attention, device: str, names: tuple[str, ...]) -> Contest:
     cannot: dict[str, str] = {}
     if device != "cpu":
         if default is not None:
-            setups["torch"] = lambda: ways.enable(*ways.BACKENDS)
+            setups["torch"] = lambda: ways.enable(*ways.ENABLED)
             for backend in ways.BACKENDS:
                 sides[backend], setups[backend] = sides["torch"], lambda backend=backend: ways.enable(backend)
         if case.flexed:

@@ -16,6 +16,7 @@ from fastseq.reference.attention import band, dropout_keep
 
 Tensors = tuple[Tensor, ...]
 BACKENDS = ("flash", "mem_efficient", "cudnn", "math")  # as torch.backends.cuda.enable_*_sdp names them
+ENABLED = tuple(name for name in BACKENDS if getattr(torch.backends.cuda, f"{name}_sdp_enabled")())
 LARGEST = 2**26  # scores that are held at once in the exact result
 
 

@@ -6,7 +6,12 @@ from typing import NamedTuple
 from attention_cases import WORDS
 from contest import Case
 
-FEATURES = {word: (word,) for word in ("lstm", "gru", *WORDS)} | {"rnn": ("rnn",), "mask": ("padding", "dense")}
+FEATURES = {word: (word,) for word in ("lstm", "gru", "rnn", *WORDS)} | {
+    "mask": ("padding", "dense"),
+    "'right'": ("causal",),
+    "'left'": ("window",),
+}
+NOT_ASKED = r"'\w+': (None|False|0\.0|-1|'')(?=[,}])"  # in a name made of a dictionary
 KERNELS = {  # what a test file is about, by a word in its name; the first that occurs counts
     "attention_forward": ("attention_forward",),
     "attention_backward": ("attention_backward",),
@@ -34,15 +39,17 @@ class Bar(NamedTuple):
 def bars(log: str) -> tuple[list[Bar], str]:
     """What may not be timed, from the log of the kernel tests as ``gpu.sh`` writes it; and a sentence on it.
 
-    A failing test bars the cells or features that its name mentions, or all of its file's kernels if it
-    mentions none. A file that did not run (no test passed) bars them all; one cut short by its time limit, what
-    had failed.
+    A failing test bars the cells or features that its name mentions (any feature, if it only says that it is
+    about features), or all of its file's kernels if it mentions none. A file that did not run (no test passed)
+    bars them all; one cut short by its time limit, what had failed.
     """
     found: list[Bar] = []
     said = []
 
     def bar(kernels: tuple[str, ...], text: str, why: str) -> None:
-        words = re.findall("|".join(FEATURES), text.lower())
+        words = re.findall("|".join(FEATURES), re.sub(NOT_ASKED, "", text).lower())
+        if not words and "feature" in text:
+            words = list(WORDS)
         found.append(Bar(frozenset(kernels), frozenset(feature for word in words for feature in FEATURES[word]), why))
 
     for part in re.split(r"^#file ", log, flags=re.MULTILINE)[1:]:

@@ -39,8 +39,7 @@ def main() -> int:
     options = _options()
     out = Path(options.output)
     out.mkdir(parents=True, exist_ok=True)
-    if options.device == "cuda":  # fp32 means TF32 on both sides, as in the training of real models
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    allow_tf32()
     if options.finish:
         return report.write(out)
     cases: list[Case] = ranks.every_case(options.smoke)
@@ -50,6 +49,11 @@ def main() -> int:
     bars, said = barred.bars(log.read_text(errors="replace") if log.exists() else "")
     print(said)
     return time_all(cases, [] if options.smoke else bars, said, options)
+
+
+def allow_tf32() -> None:
+    """On a GPU fp32 means TF32 on both sides, as in the training of real models."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 
 def time_all(cases: list[Case], bars: list[barred.Bar], tests: str, options: argparse.Namespace) -> int:
@@ -199,6 +203,7 @@ def warm(cases: list[Case], device: str, workers: int) -> int:
 def _compile(case: Case, device: str, flex: bool) -> str | None:
     """Run one case once; what goes wrong is returned as text (the timing meets it again and reports it)."""
     torch.set_num_threads(1)
+    allow_tf32()
     kernel = _kernel(device)
     try:
         if flex:

@@ -1,7 +1,9 @@
 """fastseq: drop-in sequence modules for PyTorch, on fused Triton kernels where there is a GPU."""
 
 from . import functional as functional
+from . import huggingface as huggingface
 from . import nn as nn
+from .flash import register_flash_attention as register_flash_attention
 from .implementation import Choice as Choice
 from .implementation import Unsupported as Unsupported
 from .implementation import explain as explain

@@ -106,6 +106,7 @@ NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.bool: "i1",
+    torch.int32: "i32",
     torch.int64: "i64",
 }  # of element types, as Triton's signatures spell them
 
@@ -121,7 +122,7 @@ def configuration(
     """One way in which a kernel is launched, as compiling it without a device wants it.
 
     tensors gives the element type of every pointer argument, or None where the launcher passes None; arguments
-    named in neither are the integers that vary per call.
+    named in neither are the numbers that vary per call; a signature says i32 for each.
     """
     missing = {a for a in kernel.arg_names if a.endswith("_ptr")} ^ tensors.keys()
     assert not missing, f"{name}: pointers {missing} are not those of the kernel"

@@ -200,6 +200,18 @@ def test_heads_last(ours: None, is_causal: bool) -> None:
     assert_same(lambda q, k, v: packed(q, k, v, None, None, 5, 9, 0.0, is_causal, False)[0], exact, tensors)
 
 
+def test_compiles_in_one_graph(ours: None) -> None:
+    tensors = inputs((2, 4, 5, 8), (2, 4, 5, 8), (2, 4, 5, 8))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash(q, k, v, 0.0, True)[0]
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    cotangent = torch.randn_like(tensors[0])
+    for a, b in zip(gradients(compiled, tensors, cotangent), gradients(attend, tensors, cotangent), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize(
     "keywords",
     [

@@ -129,17 +129,17 @@ def test_rows_of_a_group_fill_a_tile(rows: tuple[int, int]) -> None:
 
 
 def test_number_of_parts_does_not_matter() -> None:
-    tensors, options = qkv(B=1, K=1200, Q=3), {"right": 0, "lower_right": True, "softcap": 3.0}
+    tensors, options = qkv(B=1, N=2, M=1, K=1000, Q=3), {"right": 0, "lower_right": True, "softcap": 3.0}
     whole = run(*tensors, parts=1, **options)
-    for parts in (2, 7, 20):
+    for parts in (2, 20):
         for got, one in zip(run(*tensors, parts=parts, **options), whole, strict=True):
             torch.testing.assert_close(got, one, rtol=1e-5, atol=1e-6)
 
 
 def test_same_bits_every_time() -> None:
-    tensors = qkv(K=700, dtype=torch.bfloat16)
+    tensors = qkv(B=1, K=400, dtype=torch.bfloat16)
     first = run(*tensors, parts=5)
-    for _ in range(3):
+    for _ in range(2):
         assert all(torch.equal(a, b) for a, b in zip(run(*tensors, parts=5), first, strict=True))
 
 
@@ -194,8 +194,7 @@ def test_the_least_number_is_a_bias() -> None:
         check(*qkv(B=1, dtype=dtype), bias=bias)
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "bad"), [(torch.float32, torch.nan), (torch.bfloat16, torch.inf)])
 def test_what_is_hidden_has_no_influence(dtype: torch.dtype, bad: float) -> None:
     q, k, v = qkv(Q=3, K=200, dtype=dtype)
     by_key = torch.arange(200, device=DEVICE) < 120
@@ -297,5 +296,5 @@ def test_lengths_are_not_compiled_in() -> None:
         parameters = inspect.signature(kernel.fn).parameters
         never = kernel.kwargs["do_not_specialize"] if hasattr(kernel, "kwargs") else kernel.do_not_specialize
         looked_at = {n for n, p in parameters.items() if p.annotation is inspect.Parameter.empty} - set(never)
-        floats = {"scale", "softcap", "unit", "kept"}
+        floats = {"scale", "softcap", "log2_unit", "log_unit", "kept"}
         assert all(name.startswith("stride_") or name.endswith("_ptr") for name in looked_at - floats)

@@ -19,17 +19,6 @@ from .support import real
 from .support.budget import assert_within_budget
 
 
-def download_or_skip() -> None:
-    """Only a missing network is a reason to skip, and under CI not even that."""
-    try:
-        for archive in real.ARCHIVES:
-            real.fetch(archive)
-    except real.UnreachableError as unreachable:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"no network, and FASTSEQ_DATA has no copy: {unreachable}")
-
-
 @pytest.fixture
 def kernel_device() -> Iterator[str]:
     """Where our kernels run in this process, in full float32: the truth they are held to knows no TF32."""
@@ -76,7 +65,7 @@ class Spelled:
 
 @pytest.fixture(scope="module")
 def spelled() -> Spelled:
-    download_or_skip()
+    real.download_or_skip(*real.ARCHIVES)
     return Spelled()
 
 
@@ -121,7 +110,7 @@ def test_kernels_spell_the_same(spelled: Spelled, kernel_device: str, packed: bo
 
 @pytest.fixture(scope="module")
 def turns() -> list[real.Turn]:
-    download_or_skip()
+    real.download_or_skip(*real.ARCHIVES)
     return real.turns()
 
 
@@ -184,7 +173,7 @@ def test_kernels_hear_the_same(turns: list[real.Turn], kernel_device: str) -> No
 
 @pytest.mark.parametrize("build", [real.spelling, real.speaker])
 def test_published_weights_load_both_ways(build: Callable[..., nn.Module]) -> None:
-    download_or_skip()
+    real.download_or_skip(*real.ARCHIVES)
     theirs, ours = build(nn), build(fastseq)  # each loads the published file, strictly
     assert list(ours.state_dict()) == list(theirs.state_dict())
     returned = type(theirs)()
@@ -217,14 +206,14 @@ def test_no_network_skips_but_fails_in_ci(empty_folder: Path, monkeypatch: pytes
     monkeypatch.setenv("PIP_INDEX_URL", "https://127.0.0.1:9/simple")  # a port where nobody listens
     monkeypatch.setenv("CI", "true" if ci else "")
     with pytest.raises(real.UnreachableError if ci else pytest.skip.Exception, match="connection broken"):
-        download_or_skip()
+        real.download_or_skip(*real.ARCHIVES)
     assert not list(empty_folder.iterdir())
 
 
 def test_other_failures_of_the_download_are_errors(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(RuntimeError, match="No matching distribution") as failure:
-        download_or_skip()
+        real.download_or_skip(*real.ARCHIVES)
     assert not isinstance(failure.value, real.UnreachableError)
 
 

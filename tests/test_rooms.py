@@ -13,12 +13,14 @@ ROOMS = ROOT / "fastseq"
 
 # For each room the rooms it may import at module level; within a function (inside the call) see LAZILY.
 MAY_KNOW = {
-    "__init__": {"functional", "implementation", "nn", "swap"},
+    "__init__": {"flash", "functional", "huggingface", "implementation", "nn", "swap"},
     "__main__": {"cli"},
     "cli": {"__init__", "functional", "implementation", "nn", "stopwatch", "swap"},
     "swap": {"nn"},
     "nn": {"dynamo", "functional", "implementation"},
+    "flash": {"implementation", "ops"},
     "functional": {"implementation", "ops", "reference"},
+    "huggingface": {"functional", "implementation"},
     "ops": {"implementation", "reference"},
     "implementation": set(),
     "reference": set(),
@@ -120,6 +122,7 @@ def test_import_is_light_and_loads_neither_triton_nor_dynamo() -> None:
         assert "triton" not in sys.modules, "triton"
         assert "torch._dynamo" not in sys.modules, "torch._dynamo"
         assert "rich" not in sys.modules, "rich"
+        assert "transformers" not in sys.modules, "transformers"
     """)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 0.15

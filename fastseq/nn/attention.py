@@ -204,12 +204,9 @@ class MultiheadAttention(Traced, torch.nn.MultiheadAttention):
         )  # fmt: skip
         out, weights = result if need_weights else (result, None)
         # The heads of a token lie side by side in memory, so that only a batch that is not first must be copied.
-        if batch_first:
-            out = out.transpose(1, 2).reshape(query.shape)
-        else:
-            out = out.permute(2, 0, 1, 3).reshape(L * B, self.embed_dim).view(query.shape)
-        out = F.linear(out, self.out_proj.weight, self.out_proj.bias)
-        return (out, weights) if batched else (out[0], None if weights is None else weights[0])
+        out = out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)
+        out = F.linear(out.reshape(B * L, self.embed_dim), self.out_proj.weight, self.out_proj.bias)
+        return (out.view(query.shape), weights) if batched else (out, None if weights is None else weights[0])
 
     def _check(
         self,

@@ -15,8 +15,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from . import flash
 from ..reference.attention import dropout_columns, dropout_rows, dropout_threshold, dropout_words
+from . import flash
 
 TILE = 2**18  # scores at a time: with what accompanies them they stay in a core's second-level cache
 FEWEST_ROWS = 16  # of a tile, however long its rows are: a matrix product needs them
@@ -90,10 +90,11 @@ def attention_backward(
         return call.backward(dout, dlse, dweights, out, lse, bias_gradient)
     gradients = _zeros(query), _zeros(key), _zeros(value)
     for z, (q, k) in enumerate(_sequences(cu_q, cu_k)):
-        given = (None if t is None else t[:, :, q] for t in (dout, dlse))
-        found = call.sequence(z, q, k).backward(*given, None, out[:, :, q], lse[:, :, q], False)  # type: ignore[misc]
-        for whole, rows, part in zip(gradients, (q, k, k), found, strict=False):
-            whole[:, :, rows] = part  # type: ignore[assignment]
+        upper, upper_lse = (None if t is None else t[:, :, q] for t in (dout, dlse))
+        one = call.sequence(z, q, k)
+        found = one.backward(upper, upper_lse, None, out[:, :, q], lse[:, :, q], False)
+        for whole, rows, part in zip(gradients, (q, k, k), found[:3], strict=True):
+            whole[:, :, rows] = part
     return *gradients, None
 
 
@@ -189,6 +190,11 @@ class Call:
         """Whether no query sees a key, for there is none of the one or of the other."""
         return self.query.shape[:3].numel() == 0 or self.key.shape[2] == 0
 
+    @property
+    def whole(self) -> Tile:
+        B, N, Q, _ = self.query.shape
+        return Tile(slice(0, B), slice(0, N), slice(0, Q), slice(0, self.key.shape[2]))
+
     @cached_property
     def wide(self) -> torch.dtype:
         return torch.promote_types(self.query.dtype, torch.float32)
@@ -209,7 +215,7 @@ class Call:
     @cached_property
     def key_mask(self) -> Tensor | None:
         """The mask as it is added, where it is the same for all queries."""
-        return self._additive(self.mask) if self.mask is not None and self.mask.shape[2] == 1 else None
+        return self.additive(self.mask) if self.mask is not None and self.mask.shape[2] == 1 else None
 
     @property
     def mask_planes(self) -> tuple[int, int]:
@@ -217,7 +223,8 @@ class Call:
         shapes = [t.shape for t in (self.mask, self.bias) if t is not None]
         return max([1, *(s[0] for s in shapes)]), max([1, *(s[1] for s in shapes)])
 
-    def _additive(self, mask: Tensor) -> Tensor:
+    def additive(self, mask: Tensor) -> Tensor:
+        """A mask as it is added: 0 and -inf."""
         return torch.zeros_like(mask, dtype=self.wide).masked_fill_(~mask, -torch.inf)
 
     def blank(self) -> Forward:
@@ -310,7 +317,7 @@ class Call:
         if self.bias is not None:
             scores.add_(tile.of(self.bias))
         if self.mask is not None:
-            scores.add_(self._additive(tile.of(self.mask)) if self.key_mask is None else tile.of(self.key_mask))
+            scores.add_(self.additive(tile.of(self.mask)) if self.key_mask is None else tile.of(self.key_mask))
         # Only the edges of a band cost something: in between, all the tile's queries see the key.
         left, right, shift = self.band
         rows, keys = tile.shape[2:]
@@ -461,14 +468,16 @@ class Call:
                 if keep is not None:
                     _drop(table, keep)
                 if hidden is not None:
-                    dtable.masked_fill_(hidden, 0.0)
                     table.masked_fill_(self._bad(dout, tile, True) & ~hidden, torch.nan)
+                    dtable.masked_fill_(hidden, 0.0)
                 dv[:, tile.keys].baddbmm_(p.mT, upper)
                 if dbias is not None:
                     part = tile.of(dbias)
                     part += dtable.sum_to_size(part.shape)
                 if bent is not None:
                     d *= bent.square_().neg_().add_(1.0).mul_(self.softcap)
+                    if hidden is not None:
+                        dtable.masked_fill_(hidden, 0.0)
                 dk[:, tile.keys].baddbmm_(d.mT, query)
                 dquery[tile.queries] = torch.bmm(d, key[:, tile.keys]).mul_(self._inner_scale).view(*tile.shape[:3], -1)
             for whole, found in ((dkey, dk), (dvalue, dv)):

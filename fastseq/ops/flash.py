@@ -38,8 +38,10 @@ def serves(call: Call) -> bool:
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp."""
     query, key, value = (_rows_dense(t) for t in (call.query, call.key, call.value))
-    if _at_once(call):
-        out, lse = _attend(query, key, value, _whole_mask(call), call.band[1] >= 0, call.scale)
+    whole = _at_once(call)
+    if whole is not None:
+        mask, causal = whole
+        out, lse = _attend(query, key, value, mask, causal, call.scale)
         out, lse = _heads_last(out), lse.contiguous()
     else:
         out, lse, _ = call.blank()
@@ -48,7 +50,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
             out[:, :, q], lse[:, :, q] = _attend(
                 query[:, :, q], key[:, :, k], value[:, :, k], _mask(call, tile), False, call.scale
             )
-    if call.hides:
+    if whole is None or mask is not None:
         _mark_empty(call, lse)
     return out, lse
 
@@ -58,9 +60,10 @@ def backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor
     query, key, value, dout, out = (_rows_dense(t) for t in (call.query, call.key, call.value, dout, out))
     # A query that sees nothing has weights exp(-inf - lse), to be 0 and not NaN.
     lse = lse.clamp_min(torch.finfo(lse.dtype).min)
-    if _at_once(call):
-        found = _gradients(dout, query, key, value, out, lse, _whole_mask(call), call.band[1] >= 0, call.scale)
-        return _heads_last(found[0]), _heads_last(found[1]), _heads_last(found[2])
+    whole = _at_once(call)
+    if whole is not None:
+        dq, dk, dv = _gradients(dout, query, key, value, out, lse, *whole, call.scale)
+        return _heads_last(dq), _heads_last(dk), _heads_last(dv)
     dquery, dkey, dvalue = (
         t.new_zeros(t.transpose(1, 2).shape, dtype=call.wide).transpose(1, 2) for t in (query, key, value)
     )
@@ -79,17 +82,11 @@ def backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    if mask is not None:
-        mask = mask.expand(*query.shape[:3], key.shape[2])
-    if query.shape[1] == key.shape[1]:
-        return _forward(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)  # type: ignore[no-any-return]
-    # The heads that share a key head stand in a dimension of their own, along which the key head repeats for free.
-    parts = [
-        _forward(*_grouped(b, query, key, value), 0.0, causal, attn_mask=_of_batch(mask, b, key), scale=scale)
-        for b in range(query.shape[0])
-    ]
-    out, lse = (torch.stack([part[n].flatten(0, 1) for part in parts]) for n in range(2))
-    return out, lse
+    heads = query.shape[1], key.shape[1]
+    mask = _spread(mask, query, heads, key)
+    query, key, value = _grouped(query, heads), _shared(key, heads), _shared(value, heads)
+    out, lse = _forward(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+    return _ungrouped(out, heads), _ungrouped(lse, heads)
 
 
 def _gradients(
@@ -102,84 +99,94 @@ def _gradients(
     mask: Tensor | None,
     causal: bool,
     scale: float,
-) -> tuple[Tensor, ...]:
-    if mask is not None:
-        mask = mask.expand(*query.shape[:3], key.shape[2])
-    if query.shape[1] == key.shape[1]:
-        return _backward(dout, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=scale)  # type: ignore[no-any-return]
-    M = key.shape[1]
-    parts = []
-    for b in range(query.shape[0]):
-        upper, o, total = (t[b].unflatten(0, (M, -1)) for t in (dout, out, lse))
-        added = _of_batch(mask, b, key)
-        dq, dk, dv = _backward(
-            upper, *_grouped(b, query, key, value), o, total, 0.0, causal, attn_mask=added, scale=scale
-        )
-        parts.append((dq.flatten(0, 1), dk.sum(1), dv.sum(1)))
-    return tuple(torch.stack(part) for part in zip(*parts, strict=True))
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = query.shape[1], key.shape[1]
+    mask = _spread(mask, query, heads, key)
+    dout, query, out, lse = (_grouped(t, heads) for t in (dout, query, out, lse))
+    key, value = _shared(key, heads), _shared(value, heads)
+    dq, dk, dv = _backward(dout, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
+    if heads[0] == heads[1]:
+        return dq, dk, dv
+    return _ungrouped(dq, heads), *(t.sum(1).unflatten(0, (-1, heads[1])) for t in (dk, dv))
 
 
-def _grouped(b: int, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
-    """A batch as ``[M, G, Q, D]`` and twice ``[M, G, K, D]``."""
-    grouped = query[b].unflatten(0, (key.shape[1], -1))
-    yield grouped
-    for t in (key, value):
-        yield t[b][:, None].expand(*grouped.shape[:2], *t.shape[2:])
+# Heads that share a key head stand in a dimension of their own, along which the key head repeats for free:
+# queries [B * M, G, Q, D], keys and values [B * M, G, K, D] of stride 0 along G.
 
 
-def _of_batch(mask: Tensor | None, b: int, key: Tensor) -> Tensor | None:
-    return None if mask is None else mask[b].unflatten(0, (key.shape[1], -1))
+def _grouped(x: Tensor, heads: tuple[int, int]) -> Tensor:
+    N, M = heads
+    return x if N == M else x.unflatten(1, (M, N // M)).flatten(0, 1)
+
+
+def _ungrouped(x: Tensor, heads: tuple[int, int]) -> Tensor:
+    N, M = heads
+    return x if N == M else x.unflatten(0, (-1, M)).flatten(1, 2)
+
+
+def _shared(x: Tensor, heads: tuple[int, int]) -> Tensor:
+    N, M = heads
+    return x if N == M else x.flatten(0, 1)[:, None].expand(-1, N // M, -1, -1)
+
+
+def _spread(mask: Tensor | None, query: Tensor, heads: tuple[int, int], key: Tensor) -> Tensor | None:
+    """The mask for grouped heads; it is copied only where it has several batches, or several heads for them."""
+    if mask is None:
+        return None
+    (N, M), (B, _, Q, _), K = heads, query.shape, key.shape[2]
+    if N == M:
+        return mask.expand(B, N, Q, K)
+    parts = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (M, N // M))
+    shape = B, M, *parts.shape[2:]
+    return parts.expand(shape).flatten(0, 1).expand(-1, N // M, Q, K)
 
 
 # What is hidden.
 
 
-def _at_once(call: Call) -> bool:
-    """Whether one call does it: the band is the kernel's own, and the mask needs no table that is not there."""
+def _at_once(call: Call) -> tuple[Tensor | None, bool] | None:
+    """What is added and whether the kernel's own diagonal cuts, where a single call does it; None where not."""
     left, right, shift = call.band
-    return (
-        left < 0
-        and (right < 0 or (right == 0 and shift == 0))
-        and (call.mask is None or call.mask.shape[2] == 1)
-        and (
-            call.bias is None
-            or (call.mask is None and call.bias.dtype in (call.query.dtype, call.wide) and call.bias.stride(3) in (0, 1))
-            or call.bias.shape[2] == 1
-        )
-    )
-
-
-def _whole_mask(call: Call) -> Tensor | None:
-    added = call.key_mask
-    if call.bias is not None:
-        added = call.bias if added is None else call.bias + added
-    return added
+    B, N, Q, K = call.whole.shape
+    planes = call.mask_planes[0] * call.mask_planes[1]
+    causal = right == 0 and shift == 0
+    if left >= 0 or (right >= 0 and not causal):
+        return (_mask(call, call.whole), False) if Q * K <= BLOCK_ROWS**2 and planes * Q * K <= MASK_SIZE else None
+    if call.bias is None and (call.mask is None or call.key_mask is not None):
+        return call.key_mask, causal
+    as_is = call.bias is not None and call.bias.dtype in (call.query.dtype, call.wide) and call.bias.stride(3) in (0, 1)
+    if as_is and call.mask is None and (B == 1 or call.key.shape[1] == N):
+        return call.bias, causal
+    return (_mask(call, call.whole), causal) if planes * Q * K <= MASK_SIZE else None
 
 
 def _blocks(call: Call) -> Iterator[Tile]:
     """The queries in blocks against the keys that the band shows them."""
-    B, N, Q, _ = call.query.shape
+    B, N, Q, K = call.whole.shape
     left, right, _ = call.band
     rows = Q if left < 0 and right < 0 else Q // 8 if left < 0 or right < 0 else left + right
     planes = call.mask_planes
-    rows = max(BLOCK_ROWS, min(rows, MASK_SIZE // (planes[0] * planes[1] * call.key.shape[2])))
+    rows = max(BLOCK_ROWS, min(rows, MASK_SIZE // (planes[0] * planes[1] * K)))
     return call.tiles(slice(0, B), slice(0, N), rows)
 
 
 def _mask(call: Call, tile: Tile) -> Tensor:
     """All that is added to a block's scores, in the least shape that broadcasts to them."""
-    shape = tile.rows.stop - tile.rows.start, tile.keys.stop - tile.keys.start
-    return call.hide(call.query.new_zeros(*call.mask_planes, *shape, dtype=call.wide), tile)
+    if call.mask is not None and call.bias is None and max(call.band[:2]) < 0:
+        return call.additive(tile.of(call.mask))
+    return call.hide(call.query.new_zeros(*call.mask_planes, *tile.shape[2:], dtype=call.wide), tile)
 
 
 def _mark_empty(call: Call, lse: Tensor) -> None:
     """Set the log-sum-exp of queries that see nothing, which the kernel leaves at 0, to -inf."""
-    suspects = (lse == 0.0).flatten(0, 1).any(0)
+    suspects = (lse == 0.0).flatten(0, 1).any(0)  # of the queries
     if not suspects.any():
         return
+    empty = suspects.expand(*call.mask_planes, -1).clone()
     for tile in _blocks(call):
         if suspects[tile.rows].any():
-            lse[:, :, tile.rows].masked_fill_(_mask(call, tile).amax(-1) == -torch.inf, -torch.inf)
+            empty[:, :, tile.rows] = _mask(call, tile).amax(-1) == -torch.inf
+    lse.masked_fill_(empty, -torch.inf)
 
 
 # What the kernel takes, and what is returned.

@@ -8,7 +8,6 @@ Row r of a tile is query ``r // GROUP`` of the group's head ``r % GROUP``.
 """
 
 import functools
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -224,7 +223,7 @@ def decode_combine_kernel(
     out_ptr, stride_ob, stride_on, stride_oq,          # [B, N, Q, E]
     lse_ptr,                                           # [B, N, Q]
     N, Q, S,
-    unit, kept,                                        # of the largest scores, in log 2; as in forward's
+    log2_unit, log_unit, kept,  # the unit of the largest scores, in log 2 and in log; what dropout multiplies by
     E: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -242,8 +241,8 @@ def decode_combine_kernel(
         )
         m_next = tl.maximum(m, tl.max(m_part, 0))
         origin = tl.where(m_next == float("-inf"), 0.0, m_next)
-        weight = tl.exp2((m_part - origin) * unit)
-        decay = tl.exp2((m - origin) * unit)
+        weight = tl.exp2((m_part - origin) * log2_unit)
+        decay = tl.exp2((m - origin) * log2_unit)
         m = m_next
         l = l * decay + tl.sum(weight * l_part, 0)  # noqa: E741
         acc = acc * decay + tl.sum(weight[:, None] * acc_part, 0)
@@ -252,7 +251,7 @@ def decode_combine_kernel(
     out_ptr += row // Q // N * stride_ob + row // Q % N * stride_on + row % Q * stride_oq
     out = tl.where(blind, 0.0, acc * kept / l)
     tl.store(out_ptr + offs_e, out.to(out_ptr.dtype.element_ty), mask=offs_e < E)
-    tl.store(lse_ptr + row + tl.arange(0, 1), tl.where(blind, float("-inf"), m * (unit * LN2) + tl.log2(l) * LN2))
+    tl.store(lse_ptr + row + tl.arange(0, 1), tl.where(blind, float("-inf"), m * log_unit + tl.log2(l) * LN2))
 
 
 @functools.cache
@@ -356,8 +355,8 @@ def decode_forward(
         )  # fmt: skip
         decode_combine_kernel[(B * N * Q,)](
             acc_ptr=acc, max_ptr=m, sum_ptr=l, out_ptr=out, **strides("o", "bnq", out), lse_ptr=lse,
-            N=N, Q=Q, S=parts, unit=1.0 if bias is None else math.log2(math.e),
-            kept=1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+            N=N, Q=Q, S=parts, log2_unit=1.0 if bias is None else LOG2E.value,
+            log_unit=LN2.value if bias is None else 1.0, kept=1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
             E=E, BLOCK_S=BLOCK_S, BLOCK_E=block(E), **OPTIONS,
         )  # fmt: skip
     return out, lse

@@ -283,11 +283,12 @@ def attention_forward_kernel(
         FEWER: tl.constexpr = max(16, BLOCK_N // 2)
         bad = tl.max(tl.max((acc != acc).to(tl.int32), 1), 0)
         if bad != 0:
-            start += bad - 1
-            stride_kk += bad - 1
-            stride_vk += bad - 1
+            zero = (bad - 1) * 16  # so that what was divisible by 16 stays so
+            start += zero
+            stride_kk += zero
+            stride_vk += zero
             seen = (start + rows < Q_here)[:, None]
-            q = load_tile(q_ptr, rows[:, None], stride_qq + (bad - 1), offs_d[None, :], stride_qd, seen, D, True)
+            q = load_tile(q_ptr, rows[:, None], stride_qq + zero, offs_d[None, :], stride_qd, seen, D, True)
             m = tl.full([BLOCK_M], float("-inf"), tl.float32)
             l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
             acc = spoiled(
@@ -536,7 +537,8 @@ def attention_weights(
             q_ptr=query, **strides("q", "bnqd", query), k_ptr=key, **strides("k", "bmkd", key),
             bias_ptr=bias, **strides("b", "bnqk", bias),
             mask_ptr=mask, **strides("m", "bnqk", mask),
-            seed_ptr=seed, lse_ptr=lse, factor_ptr=factor, weights_ptr=weights, N=N, M=M, Q=Q, K=K, heads=N if mean else 1,
+            seed_ptr=seed, lse_ptr=lse, factor_ptr=factor, weights_ptr=weights,
+            N=N, M=M, Q=Q, K=K, heads=N if mean else 1,
             left=left, right=right, shift=K - Q if lower_right else 0, threshold=dropout_threshold(dropout_p),
             scale=scale, softcap=softcap, kept=kept(dropout_p) / (N if mean else 1),
             **constants(tiles, D, reads, softcap != 0, left >= 0, right >= 0, per_query(bias), per_query(mask)),
@@ -588,17 +590,18 @@ def configurations(limits: Limits) -> Iterator[dict[str, Any]]:
         name = f"D={D} {NAMES[dtype]}{' tf32' * (reads == 'tf32')} {kind}"
         tiles = forward_tiles(dtype, D, D, reads, kind != "plain", everything, 4096, limits)
         flags = (everything, everything, kind != "plain", everything, everything)
+        of_forward = unit | {"stride_ve": 1, "LOWER_RIGHT": False, "E": D, "BLOCK_E": block(D)}
         yield configuration(
             f"attention forward {name}", attention_forward_kernel, tensors,
-            constants(tiles, D, reads, *flags) | unit | {"stride_ve": 1, "LOWER_RIGHT": False, "E": D, "BLOCK_E": block(D)},
+            constants(tiles, D, reads, *flags) | of_forward,
             tiles.num_warps, tiles.num_stages,
         )  # fmt: skip
         if everything and D != 256:
             tiles = weights_tiles(dtype, D, reads, limits)
-            absent = ("v_ptr", "live_ptr", "cu_q_ptr", "cu_k_ptr", "out_ptr")
+            shared = {k: tensors[k] for k in ("q_ptr", "k_ptr", "bias_ptr", "mask_ptr", "seed_ptr", "lse_ptr")}
             yield configuration(
                 f"attention weights {name}", attention_weights_kernel,
-                {k: t for k, t in tensors.items() if k not in absent} | {"factor_ptr": torch.float32, "weights_ptr": dtype},
+                shared | {"factor_ptr": torch.float32, "weights_ptr": dtype},
                 constants(tiles, D, reads, *flags) | unit, tiles.num_warps, tiles.num_stages,
             )  # fmt: skip
     yield configuration(

@@ -47,15 +47,17 @@ def forward_tiles(
     elif dtype == torch.float32 and precision == "ieee":  # products are chains of scalar multiplications
         tiles = Tiles(64, 32, 8, 1) if width <= 64 else Tiles(32, 32, 8, 1)
     elif dtype == torch.float32:
-        tiles = Tiles(128, 32, 8, 2) if width <= 64 else Tiles(64, 32, 8, 2)
+        tiles = Tiles(128, 32 if rich else 64, 8, 2) if width <= 64 else Tiles(128, 32, 8, 2)
     elif width <= 64:
         tiles = Tiles(128, 128, 8, 2) if large and not rich else Tiles(128, 64, 8, 3)
     elif width == 128 and large:
         tiles = Tiles(128, 64, 8, 2) if rich else Tiles(128, 128, 8, 2)
     elif width == 128:
         tiles = Tiles(128, 32, 8, 3) if banded or rich else Tiles(128, 64, 8, 2)
+    elif large:
+        tiles = Tiles(128, 32 if rich else 64, 8, 2)
     else:
-        tiles = Tiles(128, 64 if large and not rich else 32, 8, 2)
+        tiles = Tiles(64, 32, 4, 2)
     if max_q <= 64 < tiles.block_m:  # the least that a warp group multiplies
         tiles = tiles._replace(block_m=64, num_warps=4)
     return tiles

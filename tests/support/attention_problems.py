@@ -265,9 +265,20 @@ def visible_of(case: Case, mask: Tensor | None) -> Tensor:
 
 
 def by_formula(
-    case: Case, query: Tensor, key: Tensor, value: Tensor, bias: Any = None, mask: Any = None, backwards: bool = False
+    case: Case,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Any = None,
+    mask: Any = None,
+    backwards: bool = False,
+    recomputed: bool = False,
 ) -> Tensors:
-    """What a user of torch would write, in the dtype of the tensors; ``backwards``: its products sum last to first."""
+    """What a user of torch would write, in the dtype of the tensors.
+
+    ``backwards``: its products sum from last to first. ``recomputed``: the weights follow from the log-sum-exp, as
+    torch's fused operators have them for the gradients.
+    """
     (N, M), (Q, K) = case.heads, case.lengths
     key, value = (t.repeat_interleave(N // M, 1) for t in (key, value))
 
@@ -281,8 +292,10 @@ def by_formula(
         scores = scores + bias
     scores = scores.masked_fill(~visible_of(case, mask), -torch.inf)
     empty = (scores == -torch.inf).all(-1, keepdim=True)
-    weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
-    lse = scores.masked_fill(empty, 0.0).to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1)
+    scores = scores.masked_fill(empty, 0.0)
+    lse = scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1)
+    weights = (scores - lse[..., None].to(scores.dtype)).exp() if recomputed else scores.softmax(-1)
+    weights = weights.masked_fill(empty, 0.0)
     if case.dropout_p:
         heads = torch.arange(case.batch * N, device=query.device).view(-1, N)
         kept = reference.dropout_keep(torch.tensor([SEED], device=query.device), heads, Q, K, case.dropout_p)
@@ -336,6 +349,9 @@ def expected(case: Case) -> tuple[Problem, Tensors, Tensors]:
     peers = [outcome(by_formula, made, made.at(case.dtype))]
     if case.dtype not in HALF:
         peers.append(outcome(functools.partial(by_formula, backwards=True), made, made.at(case.dtype)))
+        if case.mask != "min":  # whose log-sum-exp holds nothing of the scores
+            peers.append(outcome(functools.partial(by_formula, recomputed=True), made, made.at(case.dtype)))
+            peers[-1]["output"] = peers[0]["output"]  # which no fused operator makes of weights computed again
     if torch_means_the_same(case):
         fused = outcome(by_torch, made, made.at(case.dtype))
         if case.dtype in HALF:  # which the formula rounds at every step

@@ -5,8 +5,8 @@ without being installed (installing Resemblyzer or pyannote.audio would bring a 
 machine: into ``~/.cache/fastseq-tests``, or the folder that ``FASTSEQ_DATA`` names. A machine without a
 network is served by a ``FASTSEQ_DATA`` filled elsewhere.
 
-The models are the published architectures written as plain ``torch.nn`` modules. Both take the library their
-recurrent layers come from, ``torch.nn`` or ``fastseq``.
+The recurrent models are the published architectures written as plain ``torch.nn`` modules. Both take the library
+their recurrent layers come from, ``torch.nn`` or ``fastseq``. MiniLM is read by transformers.
 """
 
 import hashlib
