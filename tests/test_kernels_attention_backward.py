@@ -15,6 +15,7 @@ from fastseq.kernels.attention.backward import attention_backward
 from fastseq.reference import attention as reference
 
 from .support.budget import assert_within_budget
+from .support.interpreter import quick_interpreter
 from .support.poison import poisoned_buffers
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,7 +50,7 @@ FEATURES: dict[str, tuple[Any, ...]] = {
 
 @pytest.fixture(autouse=True)
 def _poison() -> Iterator[None]:
-    with poisoned_buffers():
+    with poisoned_buffers(), quick_interpreter():
         yield
 
 

@@ -106,10 +106,7 @@ def scaled_dot_product_attention(
     weights = _weights(return_weights)
     band = _band(is_causal, causal, window)
     _check(query, key, value, attn_mask, bias)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise RuntimeError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    _check_numbers(scale, dropout_p, softcap)
     query, key, value, attn_mask, bias = _autocast(query, key, value, attn_mask, bias)
     (q, k, v), lead = _four_dimensional(query, key, value, enable_gqa)
     scores = (*lead, q.shape[1], q.shape[2], k.shape[2])
@@ -186,6 +183,7 @@ def varlen_attn(
         >>> fastseq.functional.varlen_attn(q, k, v, starts, starts, 7, 7, window_size=(-1, 0)).shape
         torch.Size([12, 4, 16])
     """
+    left, right = _pair("window_size", window_size)
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() != 3:
             raise ValueError(f"{name}: expected [tokens, heads, width], got {list(t.shape)}")
@@ -197,17 +195,18 @@ def varlen_attn(
     if M != N and (not enable_gqa or not M or N % M):
         raise ValueError(f"key: expected {N} heads, or with enable_gqa a divisor of {N}, got {M}")
     for name, t in (("cu_seq_q", cu_seq_q), ("cu_seq_k", cu_seq_k)):
-        if t.dtype != torch.int32:
-            raise TypeError(f"{name}: expected int32, got {t.dtype}")
+        if not isinstance(t, Tensor) or t.dtype != torch.int32:
+            raise TypeError(f"{name}: expected an int32 Tensor, got {getattr(t, 'dtype', type(t).__name__)}")
         if t.dim() != 1 or t.shape != cu_seq_q.shape or not t.shape[0]:
             raise ValueError(f"{name}: expected [sequences + 1] = {list(cu_seq_q.shape)}, got {list(t.shape)}")
     _check(query, key, value, None, None)
+    _check_numbers(scale, dropout_p, softcap)
     query, key, value, _, _ = _autocast(query, key, value, None, None)
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
     with plainly(q.device.type):
         out, lse, _ = _attend(
             q, k, v, None, None, cu_seq_q, cu_seq_k, _seed(seed, dropout_p, q.device),
-            scale=scale, band=_Band(*window_size, True), softcap=softcap, dropout_p=dropout_p,
+            scale=scale, band=_Band(left, right, True), softcap=softcap, dropout_p=dropout_p,
             max_q=max_q, max_k=max_k, weights="", beyond=True,
         )  # fmt: skip
     out = out[0].transpose(0, 1)
@@ -385,13 +384,27 @@ def _band(is_causal: bool, causal: str | None, window: int | tuple[int, int] | N
         raise ValueError(f"causal: expected 'upper_left', 'lower_right' or None, got {causal!r}")
     left, right = -1, -1
     if window is not None:
-        pair = (window, window) if isinstance(window, int) else tuple(window)
-        if len(pair) != 2 or not all(isinstance(side, int) and side >= -1 for side in pair):
-            raise ValueError(f"window: expected a number or a pair of them, -1 or more, got {window!r}")
-        left, right = pair
+        left, right = _pair("window", (window, window) if isinstance(window, int) else window)
     if causal is None:
         return _Band(left, 0 if is_causal else right, window is not None and not is_causal)
     return _Band(left, 0, causal == "lower_right")
+
+
+def _pair(name: str, window: Any) -> tuple[int, int]:
+    fits = isinstance(window, (tuple, list)) and len(window) == 2
+    if not fits or not all(isinstance(side, int) and side >= -1 for side in window):
+        raise ValueError(f"{name}: expected whole numbers to the left and to the right, -1 or more, got {window!r}")
+    return window[0], window[1]
+
+
+def _check_numbers(scale: float | None, dropout_p: float, softcap: float | None) -> None:
+    for name, number in (("scale", scale), ("dropout_p", dropout_p), ("softcap", softcap)):
+        if isinstance(number, str):
+            raise TypeError(f"{name}: expected a number, got {number!r}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise RuntimeError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
 
 
 def _weights(asked: bool | str) -> str:
@@ -405,4 +418,9 @@ def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> 
         return None
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
-    return torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(1)
+    if not isinstance(seed, (int, Tensor)):
+        raise TypeError(f"seed: expected an int or an int64 Tensor, got {type(seed).__name__}")
+    seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
+    if seed.numel() != 1:
+        raise ValueError(f"seed: expected one number, got {list(seed.shape)}")
+    return seed.reshape(1)

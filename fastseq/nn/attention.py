@@ -190,6 +190,8 @@ class MultiheadAttention(Traced, torch.nn.MultiheadAttention):
         if rotary is not None:
             q = rotary(q, offset=S - L if causal == "lower_right" else 0)
             k = k if k is None else rotary(k, offset=held)
+        if L == 1 and causal == "lower_right":
+            causal = None  # the last query sees every key: the common case of decoding is the plain one
         if cache is not None:
             k, v = (cache.key, cache.value) if filled else cache.append(k, v)  # type: ignore[arg-type]
         if extra:

@@ -658,12 +658,24 @@ def bias_backward_kernel(
 
 
 @functools.cache
-def backward_tiles(kernel: str, D: int, E: int, itemsize: int, precision: str, limits: Limits) -> Tiles:
-    """The tiles of a kernel, named by the tensor whose gradient it makes, for heads of width D and E."""
-    wide = block(max(D, E))
-    if itemsize == 4 or wide > 128:
-        return Tiles(32, 32, 4, 1)
-    return Tiles(64, 64, 4, 2)
+def backward_tiles(gradient: str, D: int, E: int, dtype: torch.dtype, dense: bool, limits: Limits) -> Tiles:
+    """The tiles of the kernel that makes a gradient, for heads of width D and E; ``dense``: with more than a band.
+
+    A program keeps the rows that it owns and their gradients, and walks over the others.
+    """
+    width = max(64, block(max(D, E)))
+    own, walked = min(128, (8192 if gradient == "key" else 16384) // width), 64 if width == 64 else 32
+    if gradient in ("rows", "bias"):
+        own, walked = 64, min(64, 8192 // width)
+    if dtype == torch.float32:
+        own, walked = own // 2, max(16, walked // 2)
+    if dense and gradient in ("key", "query"):
+        own = max(32, own // 2)
+    num_stages, row = 2, 2 * width * dtype.itemsize  # of query and dO, or of key and value
+    while row * (own + walked * num_stages) > limits.shared and own > 16:
+        own, num_stages = (own, 1) if num_stages == 2 else (own // 2, 1)
+    block_m, block_n = (walked, own) if gradient == "key" else (own, walked)
+    return Tiles(block_m, block_n, 8 if own >= 64 or dense else 4, num_stages)
 
 
 def constants(
@@ -763,7 +775,8 @@ def attention_backward(
         "dweights_scale": 1.0 / N if weights == "mean" else 1.0, **OPTIONS,
         **constants(D, E, N // M, left >= 0, right >= 0, lower_right, softcap != 0.0, reads),
     }  # fmt: skip
-    how = functools.partial(backward_tiles, D=D, E=E, itemsize=query.element_size(), precision=reads, limits=device)
+    dense = bias is not None or mask is not None or dropout_p > 0.0
+    how = functools.partial(backward_tiles, D=D, E=E, dtype=query.dtype, dense=dense, limits=device)
     with torch.cuda.device_of(query):  # for a CPU tensor, nothing
         tile = how("rows")
         rows_backward_kernel[triton.cdiv(Q, tile.block_m) * B * N,](
@@ -831,7 +844,7 @@ def configurations(limits: Limits) -> Iterator[dict[str, Any]]:
         elif kind == "plain":
             kernels.append(("rows", rows_backward_kernel, rows, {"stride_oe": 1}))
         for of, kernel, more, only in kernels:
-            block_m, block_n, num_warps, num_stages = backward_tiles(of, D, D, dtype.itemsize, reads, limits)
+            block_m, block_n, num_warps, num_stages = backward_tiles(of, D, D, dtype, everything, limits)
             yield configuration(
                 f"attention backward {of} {name}", kernel, tensors | more,
                 constant | only | {"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps, num_stages,
