@@ -82,8 +82,10 @@ def compare(target: str, settings: Settings, output: Path) -> bool:
             record["times"] = {name: result.record() for name, result in races.items()}
             record["memory"] = _memory(peer, ours, call, settings)
             plot.save_plot(plot.model_figure(equality, races), out / "compare.png")
-        elif any(isinstance(m, nn.RNNBase) and m.training and m.dropout > 0 for m in peer.modules()):
-            show_text("note: the model drops out between layers, where implementations may draw differently;")
+        elif any(
+            isinstance(m, (nn.RNNBase, nn.MultiheadAttention)) and m.training and m.dropout > 0 for m in peer.modules()
+        ):
+            show_text("note: the model drops out inside a module, where implementations may draw differently;")
             show_text("      let the factory return model.eval()")
     record["verdict"] = {"equal": equality.passed, "reasons": equality.reasons()}
     write_record(out / "record.json", record)
