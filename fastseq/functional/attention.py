@@ -341,6 +341,10 @@ def _four_dimensional(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...]]:
     """``[B, N, Q, D]``, ``[B, M, K, D]`` and ``[B, M, K, E]`` without a copy where views do, and what B stands for."""
+    if query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]:
+        N, M = query.shape[1], key.shape[1]
+        if value.shape[1] == M and (N == M or (enable_gqa and M and N % M == 0)):
+            return (query, key, value), (query.shape[0],)  # as in most calls there is nothing to broadcast
     q, k, v = (t if t.dim() > 2 else t[None] for t in (query, key, value))
     N, of_keys, of_values = q.shape[-3], k.shape[-3], v.shape[-3]
     try:
