@@ -1,5 +1,6 @@
 """Laws of the attention kernels' backward: under the interpreter, or on a GPU with the same tests."""
 
+import functools
 import itertools
 import random
 from collections.abc import Iterator
@@ -124,7 +125,10 @@ class Case:
 
     def check(self) -> list[Tensor]:
         exact = self.differentiated(reference.attention, torch.float64)
-        peer = self.differentiated(formula, self.query.dtype)
+        peers = [self.differentiated(formula, self.query.dtype)]
+        if self.query.dtype == torch.float32:  # how far torch is off is luck, too: the worse of two ways counts
+            peers.append(self.differentiated(functools.partial(formula, from_lse=True), self.query.dtype))
+        peer = [max(some, key=lambda t, e=e: _error(t, e)) for e, *some in zip(exact, *peers, strict=True)]
         got = self.by_kernels()
         for name, one, right, other in zip(NAMES, got, exact, peer, strict=False):
             # Of a single key the weight is 1 whatever the score: dO.v - dO.out is 0 but for the rounding of either.
@@ -139,8 +143,9 @@ class Case:
 def formula(
     query: Tensor, key: Tensor, value: Tensor, bias: Any, mask: Any, cu_q: None, cu_k: None, seed: Tensor,
     *, scale: float, left: int, right: int, lower_right: bool, softcap: float, dropout_p: float, weights: str,
+    from_lse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What a user of torch would write, in the dtype of the tensors."""
+    """What a user of torch would write, in the dtype of the tensors; ``from_lse``: as every fused backward does."""
     (B, N, Q, _), (M, K) = query.shape, key.shape[1:3]
     key, value = (t.repeat_interleave(N // M, 1) for t in (key, value))
     scores = query @ key.mT * scale
@@ -151,12 +156,18 @@ def formula(
     visible = reference.band(Q, K, left, right, lower_right, query.device)
     scores = scores.masked_fill(~(visible if mask is None else visible & mask), -torch.inf)
     empty = (scores == -torch.inf).all(-1, keepdim=True)
-    w = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
-    lse = scores.masked_fill(empty, 0.0).logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
+    scores = scores.masked_fill(empty, 0.0)
+    lse = scores.logsumexp(-1)
+    w = ((scores - lse[..., None]).exp() if from_lse else scores.softmax(-1)).masked_fill(empty, 0.0)
+    lse = lse.masked_fill(empty[..., 0], -torch.inf)
     if dropout_p:
         heads = torch.arange(B * N, device=query.device).view(B, N)
         w = w * reference.dropout_keep(seed, heads, Q, K, dropout_p) / (1 - dropout_p)
     return w @ value, lse, w.mean(1) if weights == "mean" else w
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).abs().max()) if exact.numel() else 0.0
 
 
 def pairwise(factors: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
@@ -272,7 +283,12 @@ def test_a_query_that_sees_nothing_has_no_gradient(hiding: str) -> None:
 @pytest.mark.parametrize("hiding", ["causal", "window", "padding", "dense"])
 def test_nan_reaches_only_who_sees_it(hiding: str, spoiled: str) -> None:
     Q, K, at = 70, 75, 37
-    options = {"causal": CAUSAL, "window": {"left": 6, "right": 4}, "padding": {"mask": "B11K"}, "dense": {"mask": "11QK"}}
+    options = {
+        "causal": CAUSAL,
+        "window": {"left": 6, "right": 4},
+        "padding": {"mask": "B11K"},
+        "dense": {"mask": "11QK"},
+    }
     case = Case((Q, K), heads=(2, 1), outputs="out lse", **options[hiding])
     visible = reference.band(Q, K, case.options["left"], case.options["right"], False, DEVICE)
     if hiding == "padding":
@@ -284,7 +300,7 @@ def test_nan_reaches_only_who_sees_it(hiding: str, spoiled: str) -> None:
     clean = case.by_kernels()
     getattr(case, spoiled)[0, :, at, 2] = NAN if hiding != "dense" else torch.inf
 
-    queries, keys = torch.arange(Q, device=DEVICE) == at, torch.arange(K, device=DEVICE) == at
+    queries = torch.arange(Q, device=DEVICE) == at
     if spoiled in ("query", "dout"):
         rows = queries & visible.any(1)
     else:
@@ -295,7 +311,6 @@ def test_nan_reaches_only_who_sees_it(hiding: str, spoiled: str) -> None:
         values |= columns[:, None]
     elif spoiled == "dout":
         values[columns, 2] = True
-    del keys
     expected = [rows[:, None].expand(Q, 8), columns[:, None].expand(K, 8), values]
     for name, got, before, bad in zip(NAMES, case.by_kernels(), clean, expected, strict=False):
         assert torch.equal(~got.isfinite(), bad.expand_as(got)), f"{spoiled} is seen in the wrong places of d{name}"

@@ -1,5 +1,6 @@
 """Scaled dot-product attention as a function."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -98,10 +99,14 @@ def scaled_dot_product_attention(
     # Whether a query sees every key, with its weight as it is: then PyTorch's operator has no promise left to break.
     whole = not ours and attn_mask is None and not dropout_p and not is_causal
     tensors = [t for t in (query, key, value, attn_mask, bias) if t is not None]
-    if not (ours or (is_causal and attn_mask is not None)) and _stock(tensors, whole):
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+    if not (ours or (is_causal and attn_mask is not None)):
+        as_it_is = _stock(tensors, whole)
+        if as_it_is or (not dropout_p and not enable_gqa and _if_finite(tensors)):
+            out = F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+            if as_it_is or math.isfinite(out.sum(dtype=torch.float32)):
+                return out
 
     weights = _weights(return_weights)
     band = _band(is_causal, causal, window)
@@ -232,6 +237,19 @@ def _stock(tensors: list[Any], whole: bool) -> bool:
     if chosen() not in ("auto", "torch") or forward_ad._current_level >= 0:
         return False  # PyTorch's fused operators have no forward-mode derivative
     return torch._C._are_functorch_transforms_active() or (whole and not needs_gradient(tensors))
+
+
+def _if_finite(tensors: list[Any]) -> bool:
+    """Whether PyTorch's operator keeps every promise but one, that NaN behind a mask is not seen; so one looks."""
+    query, _, value, *_ = tensors
+    return (
+        not torch.compiler.is_compiling()
+        and query.device.type == "cpu"
+        and query.shape[-1] == value.shape[-1]
+        and chosen() in ("auto", "torch")
+        and not needs_gradient(tensors)
+        and not _transformed()
+    )
 
 
 def _transformed() -> bool:

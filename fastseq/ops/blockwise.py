@@ -470,7 +470,8 @@ class Call:
                 if hidden is not None:
                     table.masked_fill_(self._bad(dout, tile, True) & ~hidden, torch.nan)
                     dtable.masked_fill_(hidden, 0.0)
-                dv[:, tile.keys].baddbmm_(p.mT, upper)
+                # A sum per tile, and then the sums' sum: one long chain of additions would round several times as much.
+                dv[:, tile.keys] += torch.bmm(p.mT, upper)
                 if dbias is not None:
                     part = tile.of(dbias)
                     part += dtable.sum_to_size(part.shape)
@@ -478,7 +479,7 @@ class Call:
                     d *= bent.square_().neg_().add_(1.0).mul_(self.softcap)
                     if hidden is not None:
                         dtable.masked_fill_(hidden, 0.0)
-                dk[:, tile.keys].baddbmm_(d.mT, query)
+                dk[:, tile.keys] += torch.bmm(d.mT, query)
                 dquery[tile.queries] = torch.bmm(d, key[:, tile.keys]).mul_(self._inner_scale).view(*tile.shape[:3], -1)
             for whole, found in ((dkey, dk), (dvalue, dv)):
                 whole[batches, kv_heads] = found.view(-1, kv_heads.stop - kv_heads.start, *found.shape[1:])

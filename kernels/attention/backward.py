@@ -664,13 +664,17 @@ def backward_tiles(gradient: str, D: int, E: int, dtype: torch.dtype, dense: boo
     A program keeps the rows that it owns and their gradients, and walks over the others.
     """
     width = max(64, block(max(D, E)))
-    own, walked = min(128, (8192 if gradient == "key" else 16384) // width), 64 if width == 64 else 32
-    if gradient in ("rows", "bias"):
+    if gradient == "key":
+        # Before Hopper, products take their operands from registers, so there are fewer for the tiles.
+        own, walked = 8192 // width, 64 if width == 64 and not dense and limits.shared > 200_000 else 32
+    elif gradient == "query":
+        own, walked = min(128, 16384 // width), 64 if width <= 128 else 32
+    else:
         own, walked = 64, min(64, 8192 // width)
     if dtype == torch.float32:
-        own, walked = own // 2, max(16, walked // 2)
-    if dense and gradient in ("key", "query"):
-        own = max(32, own // 2)
+        own, walked = own // 2, 32
+    if dense:
+        own = min(own, 64)
     num_stages, row = 2, 2 * width * dtype.itemsize  # of query and dO, or of key and value
     while row * (own + walked * num_stages) > limits.shared and own > 16:
         own, num_stages = (own, 1) if num_stages == 2 else (own // 2, 1)

@@ -47,11 +47,14 @@ def forward_tiles(
     elif dtype == torch.float32 and precision == "ieee":  # products are chains of scalar multiplications
         tiles = Tiles(64, 32, 8, 1) if width <= 64 else Tiles(32, 32, 8, 1)
     elif dtype == torch.float32:
-        tiles = Tiles(128, 32 if rich else 64, 8, 2) if width <= 64 else Tiles(128, 32, 8, 2)
+        if width <= 64:
+            tiles = Tiles(128, 32 if rich else 64, 8, 2)
+        else:
+            tiles = Tiles(64 if rich and large else 128, 32, 8, 2)
     elif width <= 64:
         tiles = Tiles(128, 128, 8, 2) if large and not rich else Tiles(128, 64, 8, 3)
     elif width == 128 and large:
-        tiles = Tiles(128, 64, 8, 2) if rich else Tiles(128, 128, 8, 2)
+        tiles = Tiles(128, 32, 8, 3) if rich else Tiles(128, 128, 8, 2)
     elif width == 128:
         tiles = Tiles(128, 32, 8, 3) if banded or rich else Tiles(128, 64, 8, 2)
     elif large:
@@ -66,7 +69,11 @@ def forward_tiles(
 @functools.cache
 def weights_tiles(dtype: torch.dtype, D: int, precision: str, limits: Limits) -> Tiles:
     """The tiles of the weights kernel for heads of width D."""
-    return Tiles(64, 64, 4, 1)
+    if dtype == torch.float32 and precision == "ieee":
+        tiles = Tiles(64 if D <= 64 else 32, 32, 8, 1)
+    else:
+        tiles = Tiles(64, 32 if dtype == torch.float32 and D > 64 else 64, 4, 1)
+    return tiles
 
 
 def unsupported(dtype: torch.dtype, device: torch.device, D: int, E: int) -> str | None:
