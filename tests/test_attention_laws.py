@@ -16,7 +16,8 @@ from .support.poison import poisoned_buffers
 pytest.importorskip("triton")
 
 attention = fastseq.functional.scaled_dot_product_attention
-B, N, Q, K, D = 2, 2, 37, 70, 8  # more than a tile of keys
+B, N, Q, K, D = 2, 1, 20, 40, 8  # more than a tile of the kernels' keys
+NOW = 25
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,7 @@ def draw(*shape: int) -> Tensor:
 
 
 def inputs(Q: int = Q, K: int = K, heads: int = N) -> tuple[Tensor, Tensor, Tensor]:
-    return draw(B, N, Q, D), draw(B, heads, K, D), draw(B, heads, K, D)
+    return draw(B, heads, Q, D), draw(B, N, K, D), draw(B, N, K, D)
 
 
 def coins(*shape: int, p: float = 0.5) -> Tensor:
@@ -97,8 +98,8 @@ def test_one_query_at_a_time_is_the_whole() -> None:
 
 
 def test_one_query_against_many_keys(implementation: str) -> None:
-    q, k, v = inputs(Q=1, K=700)
-    mask = coins(B, 1, 1, 700, p=0.9)
+    q, k, v = inputs(Q=1, K=300)
+    mask = coins(B, 1, 1, 300, p=0.9)
     found = with_gradients(q, k, v, attn_mask=mask)
     with fastseq.use("reference"):
         assert_close(found, with_gradients(q, k, v, attn_mask=mask))
@@ -126,9 +127,9 @@ def test_the_order_of_the_batch_is_that_of_the_output() -> None:
 
 
 def test_grouped_heads_are_repeated_heads() -> None:
-    q, k, v = inputs(heads=1)
+    q, k, v = inputs(heads=3)
     grouped = with_gradients(q, k, v, enable_gqa=True, causal="lower_right")
-    repeated = [t.detach().repeat_interleave(N, 1).requires_grad_() for t in (k, v)]
+    repeated = [t.detach().repeat_interleave(3, 1).requires_grad_() for t in (k, v)]
     out, lse, dq, dk, dv = with_gradients(q, *repeated, causal="lower_right")
     assert_close(grouped, [out, lse, dq, dk.sum(1, keepdim=True), dv.sum(1, keepdim=True)])
 
@@ -139,7 +140,7 @@ def test_ways_to_say_the_same() -> None:
         "upper left": [{"is_causal": True}, {"causal": "upper_left"}],
         "lower right": [{"causal": "lower_right"}, {"window": (-1, 0)}, {"window": (K, 0)}],
         "window": [{"window": 5}, {"window": (5, 5)}],
-        "everything": [{}, {"window": (-1, -1)}, {"window": (Q + K, Q + K)}],
+        "everything": [{}, {"window": (-1, -1)}, {"window": (K, K)}],
     }
     for ways in same.values():
         first, *others = (with_gradients(q, k, v, **way) for way in ways)
@@ -154,8 +155,8 @@ def test_a_band_is_a_mask() -> None:
         ({"is_causal": True}, -K, 0),
         ({"causal": "lower_right"}, -K, K - Q),
         ({"is_causal": True, "window": 9}, -9, 0),
-        ({"window": (9, 4)}, K - Q - 9, K - Q + 4),
         ({"causal": "lower_right", "window": (0, 3)}, K - Q, K - Q),
+        ({"window": (9, 4)}, K - Q - 9, K - Q + 4),
     ):
         assert_close(
             with_gradients(q, k, v, **options), with_gradients(q, k, v, attn_mask=(offset >= low) & (offset <= high))
@@ -177,40 +178,39 @@ def test_a_large_cap_is_none() -> None:
 # ------------------------------------------------------------------------------------------- what is not seen
 
 
-@pytest.mark.parametrize("causal", ["upper_left", "lower_right"])
 @pytest.mark.parametrize("future", [7.0, torch.nan, torch.inf])
-def test_the_future_is_invisible(causal: str, future: float, implementation: str) -> None:
+def test_the_future_is_invisible(future: float, implementation: str) -> None:
     q, k, v = inputs(Q=K)
-    now = 40
-    plain = with_gradients(q, k, v, causal=causal)
+    plain = with_gradients(q, k, v, is_causal=True)
     changed = [t.detach().clone() for t in (k, v)]
     for t in changed:
-        t[:, :, now:] = future
-    seen = with_gradients(q, *(t.requires_grad_() for t in changed), causal=causal)
-    # Bit by bit, but that in torch NaN costs the fused operator, and other steps round differently.
-    same = assert_close if implementation == "torch" and future != 7.0 else assert_equal
-    same([t[:, :, :now] for t in seen[:3]], [t[:, :, :now] for t in plain[:3]])
-    assert future == 7.0 or seen[0][:, :, now:].isnan().all()
+        t[:, :, NOW:] = future
+    seen = with_gradients(q, *(t.requires_grad_() for t in changed), is_causal=True)
+    # Bit by bit; but what comes out as NaN is computed once more, with care, in steps that round differently.
+    same = assert_equal if implementation == "reference" or future == 7.0 else assert_close
+    same([t[:, :, :NOW] for t in seen[:3]], [t[:, :, :NOW] for t in plain[:3]])
+    assert future == 7.0 or seen[0][:, :, NOW:].isnan().all()
 
 
 def test_the_future_has_no_gradient() -> None:
     """And none comes back from it."""
     q, k, v = inputs(Q=K)
     out = attention(q, k, v, is_causal=True)
-    dq, dk, dv = gradients(out[:, :, :40], q, k, v)
+    dq, dk, dv = gradients(out[:, :, :NOW], q, k, v)
     for t in (dq, dk, dv):
-        assert not t[:, :, 40:].any()
-    short = [t.detach()[:, :, :40].requires_grad_() for t in (q, k, v)]
+        assert not t[:, :, NOW:].any()
+    short = [t.detach()[:, :, :NOW].requires_grad_() for t in (q, k, v)]
     expected = gradients(attention(*short, is_causal=True), *short)
-    assert_close([t[:, :, :40] for t in (dq, dk, dv)], expected)
+    assert_close([t[:, :, :NOW] for t in (dq, dk, dv)], expected)
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("behind", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    ("behind", "side", "softcap"),
+    [(torch.nan, "left", None), (torch.nan, "right", 3.0), (torch.inf, "right", None), (torch.inf, "left", 3.0)],
+)
 def test_padding_is_invisible(behind: float, side: str, softcap: float | None) -> None:
     q, k, v = inputs()
-    length = torch.tensor([50, 7], device=DEVICE)[:, None]
+    length = torch.tensor([30, 7], device=DEVICE)[:, None]
     position = torch.arange(K, device=DEVICE)
     mask = (position < length if side == "right" else position >= K - length)[:, None, None]
     hidden = ~mask[:, 0, 0]
@@ -244,15 +244,15 @@ def test_a_dense_mask_hides_nan() -> None:
 
 
 def test_nan_behind_the_mask_of_others_leaves_their_gradients() -> None:
-    """NaN in a value that only some see spoils the gradient of those queries, and of no other."""
+    """NaN in a value that only some see spoils no gradient of another query."""
     q, k, v = inputs()
     mask = torch.ones(Q, K, dtype=torch.bool, device=DEVICE)
-    mask[:20, 60] = False
+    mask[:9, 33] = False
     clean = gradients(attention(q, k, v, mask), q)[0]
     with torch.no_grad():
-        v[:, :, 60] = torch.nan
+        v[:, :, 33] = torch.nan
     (dq,) = gradients(attention(q, k, v, mask), q)
-    assert_close([dq[:, :, :20]], [clean[:, :, :20]])
+    assert_close([dq[:, :, :9]], [clean[:, :, :9]])
 
 
 EMPTY: dict[str, Any] = {
@@ -266,29 +266,23 @@ EMPTY: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("garbage", [False, True])
 @pytest.mark.parametrize("kind", EMPTY)
-def test_a_row_that_sees_nothing_is_zero(kind: str, garbage: bool) -> None:
-    """Its output and every gradient; garbage in it reaches nobody."""
+def test_a_row_that_sees_nothing_is_zero(kind: str) -> None:
+    """Its output and every gradient; and garbage in it reaches nobody."""
     rows = torch.zeros(Q, dtype=torch.bool, device=DEVICE)
     rows[[0, 5, 6, Q - 1]] = True
     q, k, v = inputs()
     upstream = torch.randn(B, N, Q, D).to(DEVICE)
-    options = EMPTY[kind](rows)
-    options["return_lse"] = True
 
     def run(q: Tensor, upstream: Tensor) -> list[Tensor]:
-        out, weights, lse = attention(q, k, v, return_weights=True, **options)
+        out, weights, lse = attention(q, k, v, return_weights=True, return_lse=True, **EMPTY[kind](rows))
         return [out, weights, lse, *torch.autograd.grad(out, (q, k, v), upstream)]
 
-    plain = run(q, upstream)
-    if garbage:
-        spoil = rows[:, None].expand(Q, D)
-        spoilt = q.detach().masked_fill(spoil, torch.nan if "attn_mask" in options and "float" != kind else 1e4)
-        found = run(spoilt.requires_grad_(), upstream.masked_fill(spoil, torch.nan))
-        assert_close(found, plain)
-    else:
-        found = plain
+    found, spoil = run(q, upstream), rows[:, None].expand(Q, D)
+    # A product with NaN plus -inf is NaN: only a bool mask hides it.
+    garbage = 1e4 if kind in ("float", "bias") else torch.nan
+    spoilt = q.detach().masked_fill(spoil, garbage).requires_grad_()
+    assert_close(run(spoilt, upstream.masked_fill(spoil, torch.nan)), found)
     out, weights, lse, dq, dk, dv = found
     for t in (out, weights, dq):
         assert not t[:, :, rows].any()
@@ -421,7 +415,7 @@ def test_dropout_drops_as_often_as_it_says(p: float) -> None:
 
 def test_what_is_dropped_is_dropped_in_a_larger_problem() -> None:
     """Whatever the tiles: rows and columns are counted, not tiles."""
-    q, k, v = (t[:, :1] for t in inputs(Q=200, K=200))
+    q, k, v = (t[:1] for t in inputs(Q=200, K=200))
     small = attention(q[:, :, :70], k[:, :, :90], v[:, :, :90], dropout_p=0.4, seed=9, return_weights=True)[1] != 0
     large = attention(q, k, v, dropout_p=0.4, seed=9, return_weights=True)[1] != 0
     assert torch.equal(large[:, :, :70, :90], small)
@@ -447,8 +441,8 @@ def test_dropout_is_the_same_in_the_gradient() -> None:
 
 
 def test_repeated_bit_for_bit() -> None:
-    q, k, v = inputs(heads=1)
-    bias = draw(1, N, Q, K)
+    q, k, v = inputs(heads=2)
+    bias = draw(1, 2, Q, K)
     options = {"attn_mask": coins(B, 1, Q, K), "dropout_p": 0.2, "seed": 7, "softcap": 4.0, "causal": "lower_right"}
     first, second = (with_gradients(q, k, v, bias, enable_gqa=True, **options) for _ in range(2))
     assert_equal(second, first)

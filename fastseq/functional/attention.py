@@ -1,6 +1,5 @@
 """Scaled dot-product attention as a function."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch.autograd import forward_ad
 from .. import implementation
 from ..implementation import Choice, chosen, gpu
 from ..ops import attention as attention_ops
+from ..ops import native
 from ..ops.library import needs_gradient
 from ..ops.stock import Stock
 from ..reference import attention as reference
@@ -99,13 +99,14 @@ def scaled_dot_product_attention(
     # Whether a query sees every key, with its weight as it is: then PyTorch's operator has no promise left to break.
     whole = not ours and attn_mask is None and not dropout_p and not is_causal
     tensors = [t for t in (query, key, value, attn_mask, bias) if t is not None]
-    if not (ours or (is_causal and attn_mask is not None)):
-        as_it_is = _stock(tensors, whole)
-        if as_it_is or (not dropout_p and not enable_gqa and _if_finite(tensors)):
-            out = F.scaled_dot_product_attention(
+    if not ours:
+        if _stock(tensors, whole, attn_mask is not None and is_causal):
+            return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-            if as_it_is or math.isfinite(out.sum(dtype=torch.float32)):
+        if not dropout_p and not autocasting("cpu") and _on_cpu(tensors):
+            out = native.attention(query, key, value, attn_mask, is_causal, scale)
+            if out is not None:
                 return out
 
     weights = _weights(return_weights)
@@ -226,8 +227,8 @@ def choose_attention(query: Tensor, value: Tensor, beyond: bool) -> Choice:
 # ----------------------------------------------------------------------------------------------- below the face
 
 
-def _stock(tensors: list[Any], whole: bool) -> bool:
-    """Whether PyTorch's operator is called as it is, with what it makes of bad arguments."""
+def _stock(tensors: list[Any], whole: bool, both: bool) -> bool:
+    """Whether PyTorch's operator is called as it is, with what it makes of bad arguments; it refuses ``both``."""
     if not all(type(t) in _PLAIN_TYPES for t in tensors):
         if torch.compiler.is_compiling():
             return whole and not implementation.named
@@ -236,18 +237,17 @@ def _stock(tensors: list[Any], whole: bool) -> bool:
         return whole and not implementation.named
     if chosen() not in ("auto", "torch") or forward_ad._current_level >= 0:
         return False  # PyTorch's fused operators have no forward-mode derivative
-    return torch._C._are_functorch_transforms_active() or (whole and not needs_gradient(tensors))
+    if torch._C._are_functorch_transforms_active():
+        return not both
+    return whole and not needs_gradient(tensors)
 
 
-def _if_finite(tensors: list[Any]) -> bool:
-    """Whether PyTorch's operator keeps every promise but one, that NaN behind a mask is not seen; so one looks."""
-    query, _, value, *_ = tensors
+def _on_cpu(tensors: list[Any]) -> bool:
+    """Whether this is an ordinary call on a CPU."""
     return (
         not torch.compiler.is_compiling()
-        and query.device.type == "cpu"
-        and query.shape[-1] == value.shape[-1]
         and chosen() in ("auto", "torch")
-        and not needs_gradient(tensors)
+        and all(t.device.type == "cpu" for t in tensors)
         and not _transformed()
     )
 

@@ -175,7 +175,9 @@ class Call:
         lse: Tensor,
         bias_gradient: bool,
     ) -> Backward:
-        if not self.nothing and dlse is None and dout is not None and not bias_gradient and flash.serves(self):
+        simple = not (self.nothing or bias_gradient) and dlse is None
+        # With the least number in a bias the log-sum-exp cannot hold the sum beside it; tiles do not go by it.
+        if simple and dout is not None and flash.serves(self) and not (self.bias is not None and _far(lse)):
             found: Backward = (*flash.backward(self, dout, out, lse), None)
         else:
             found = self._backward(dout, dlse, dweights, lse, bias_gradient)
@@ -495,6 +497,10 @@ def _drop(table: Tensor, keep: Tensor) -> None:
     if table.dtype == torch.float32:
         table = table.view(torch.int32)
     table.mul_(keep)
+
+
+def _far(lse: Tensor) -> bool:
+    return bool(((lse < -1e4) & (lse != -torch.inf)).any())
 
 
 def _finite_sum(x: Tensor) -> bool:

@@ -219,7 +219,8 @@ def rows_backward_kernel(
         # Where the bias is the least number there is, so is the lse, and the sum that was in it is lost: count again.
         total = tl.zeros([BLOCK_M], tl.float32)
         far = alive & (tl.abs(lse) > FAR)
-        for j0 in tl.range(low, tl.where(tl.max(far.to(tl.int32), 0) != 0, high, low), BLOCK_N):
+        last = tl.where(tl.max(far.to(tl.int32), 0) != 0, high, low)
+        for j0 in tl.range(low, last, BLOCK_N, num_stages=1):
             k = load_rows((key_ptr, stride_kk, stride_kd), j0, j0 + tl.arange(0, BLOCK_N) < K, D, BLOCK_D)
             p, _, _ = score_gradients(
                 dot(q, tl.trans(k), none, PRECISION), none, base[:, None], 0.0, 0.0, (b, n, i0, j0, rows, columns),
@@ -245,21 +246,14 @@ def rows_backward_kernel(
 
 
 @triton.jit
-def numbers_at(base_ptr, excess_ptr, delta_ptr, row):
-    """The three numbers of each query, from a row on."""
-    if excess_ptr is not None:
-        excess_ptr += row
-    return base_ptr + row, excess_ptr, delta_ptr + row
-
-
-@triton.jit
 def load_numbers(numbers, i, Q):
-    """They, of queries i; past the last query a row without gradient."""
-    base = tl.load(numbers[0] + i, mask=i < Q, other=float("inf"))
+    """The three numbers of queries i, from pointers and the row to count from; past the last no gradient."""
+    base_ptr, excess_ptr, delta_ptr, row = numbers
+    base = tl.load(base_ptr + row + i, mask=i < Q, other=float("inf"))
     excess = tl.zeros_like(base)
-    if numbers[1] is not None:
-        excess = tl.load(numbers[1] + i, mask=i < Q, other=0.0)
-    return base, excess, tl.load(numbers[2] + i, mask=i < Q, other=0.0)
+    if excess_ptr is not None:
+        excess = tl.load(excess_ptr + row + i, mask=i < Q, other=0.0)
+    return base, excess, tl.load(delta_ptr + row + i, mask=i < Q, other=0.0)
 
 
 # --- keys and values ---
@@ -283,7 +277,7 @@ def add_queries(
     rows = tl.arange(0, BLOCK_M)[None, :]
     columns = tl.arange(0, dk.shape[0])[:, None]
     none = tl.zeros([dk.shape[0], BLOCK_M], tl.float32)
-    for i0 in tl.range(low, high, BLOCK_M):
+    for i0 in tl.range(low, high, BLOCK_M, num_stages=1 if CAREFUL else None):  # care needs registers, not speed
         i = i0 + tl.arange(0, BLOCK_M)
         q = load_rows(query, i0, i < Q, D, dk.shape[1])
         do = load_rows(dout, i0, i < Q, E, dv.shape[1])
@@ -313,7 +307,7 @@ def spoiled_by_queries(
     rows = tl.arange(0, BLOCK_M)[None, :]
     columns = tl.arange(0, dv.shape[0])[:, None]
     count = tl.zeros_like(dv)
-    for i0 in tl.range(low, high, BLOCK_M):
+    for i0 in tl.range(low, high, BLOCK_M, num_stages=1):
         i = i0 + tl.arange(0, BLOCK_M)
         do = load_rows(dout, i0, i < Q, E, dv.shape[1])
         base, _, _ = load_numbers(numbers, i, Q)
@@ -375,6 +369,7 @@ def key_backward_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     # Where something is hidden, a NaN in it may have spoiled the sums; then they are made again, with care.
     HIDES: tl.constexpr = HAS_LEFT or HAS_RIGHT or mask_ptr is not None or bias_ptr is not None
+    CAREFUL_M: tl.constexpr = 16 if BLOCK_M == 16 else BLOCK_M // 2
     for CAREFUL in tl.static_range(2 if HIDES else 1):
         heads = GROUP
         if CAREFUL:
@@ -400,13 +395,13 @@ def key_backward_kernel(
             full_high = tl.maximum(full_high, full_low)
             query = at_row(at_row(at_row(query_ptr, b, stride_qb), n, stride_qn), first_q, stride_qq)
             dout = at_row(at_row(at_row(dout_ptr, b, stride_gb), n, stride_gn), first_q, stride_gq)
-            numbers = numbers_at(base_ptr, excess_ptr, delta_ptr, tl.cast(b * N + n, tl.int64) * T_q + first_q)
+            numbers = (base_ptr, excess_ptr, delta_ptr, tl.cast(b * N + n, tl.int64) * T_q + first_q)
             if CAREFUL:
                 full_low = high
                 full_high = high
                 dv = spoiled_by_queries(
                     dv, low, high, (z, n), j0, (dout, stride_gq, stride_ge), numbers, mask, band,
-                    E, HAS_LEFT, HAS_RIGHT, BLOCK_M // 2,
+                    E, HAS_LEFT, HAS_RIGHT, CAREFUL_M,
                 )  # fmt: skip
             bounds = (low, full_low, full_high, high)
             for PHASE in tl.static_range(3):
@@ -420,7 +415,7 @@ def key_backward_kernel(
                         (query, stride_qq, stride_qd), (dout, stride_gq, stride_ge), numbers,
                         bias, mask, dweights, dropout, band, scale, softcap, dweights_scale,
                         D, E, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION,
-                        BLOCK_M // (1 + CAREFUL), PHASE != 1, CAREFUL,
+                        CAREFUL_M if CAREFUL else BLOCK_M, PHASE != 1, CAREFUL,
                     )  # fmt: skip
 
     rows = tl.arange(0, BLOCK_N)[:, None] * M + m
@@ -500,7 +495,7 @@ def query_backward_kernel(
     shift = K - Q if LOWER_RIGHT else 0
     i = i0 + tl.arange(0, BLOCK_M)
 
-    numbers = numbers_at(base_ptr, excess_ptr, delta_ptr, tl.cast(b * N + n, tl.int64) * T_q + first_q)
+    numbers = (base_ptr, excess_ptr, delta_ptr, tl.cast(b * N + n, tl.int64) * T_q + first_q)
     base, excess, delta = load_numbers(numbers, i, Q)
     query_ptr = at_row(at_row(at_row(query_ptr, b, stride_qb), n, stride_qn), first_q, stride_qq)
     dout_ptr = at_row(at_row(at_row(dout_ptr, b, stride_gb), n, stride_gn), first_q, stride_gq)
@@ -629,7 +624,7 @@ def bias_backward_kernel(
         k = load_rows((key, stride_kk, stride_kd), j0, j < K, D, BLOCK_D)
         do = load_rows((dout, stride_gq, stride_ge), i0, i < Q, E, BLOCK_E)
         v = load_rows((value, stride_vk, stride_ve), j0, j < K, E, BLOCK_E)
-        numbers = numbers_at(base_ptr, excess_ptr, delta_ptr, tl.cast(b * N + n, tl.int64) * Q)
+        numbers = (base_ptr, excess_ptr, delta_ptr, tl.cast(b * N + n, tl.int64) * Q)
         base, excess, delta = load_numbers(numbers, i, Q)
         _, ds, _ = score_gradients(
             dot(q, tl.trans(k), none, PRECISION), dot(do, tl.trans(v), none, PRECISION), base[:, None], excess[:, None],
@@ -664,13 +659,17 @@ def backward_tiles(gradient: str, D: int, E: int, dtype: torch.dtype, dense: boo
     A program keeps the rows that it owns and their gradients, and walks over the others.
     """
     width = max(64, block(max(D, E)))
+    # Before Hopper, products take their operands from registers, so there are fewer for the tiles.
+    roomy = limits.shared > 200_000
     if gradient == "key":
-        # Before Hopper, products take their operands from registers, so there are fewer for the tiles.
-        own, walked = 8192 // width, 64 if width == 64 and not dense and limits.shared > 200_000 else 32
+        own = min(8192 // width, 128 if roomy else 64)
+        walked = 64 if width == 64 and roomy and not dense else 32
     elif gradient == "query":
-        own, walked = min(128, 16384 // width), 64 if width <= 128 else 32
-    else:
+        own, walked = min(128, 16384 // width), 64 if width <= 128 and roomy and not dense else 32
+    elif gradient == "bias":
         own, walked = 64, min(64, 8192 // width)
+    else:
+        own, walked = 64, 32
     if dtype == torch.float32:
         own, walked = own // 2, 32
     if dense:
@@ -679,7 +678,7 @@ def backward_tiles(gradient: str, D: int, E: int, dtype: torch.dtype, dense: boo
     while row * (own + walked * num_stages) > limits.shared and own > 16:
         own, num_stages = (own, 1) if num_stages == 2 else (own // 2, 1)
     block_m, block_n = (walked, own) if gradient == "key" else (own, walked)
-    return Tiles(block_m, block_n, 8 if own >= 64 or dense else 4, num_stages)
+    return Tiles(block_m, block_n, 8, num_stages)
 
 
 def constants(

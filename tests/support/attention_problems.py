@@ -44,6 +44,10 @@ class Case:
     scale: float | None = None
     logits: float | None = None  # the largest product, where it matters
 
+    @property
+    def groups(self) -> int:
+        return self.heads[0] // self.heads[1]
+
     def __str__(self) -> str:
         said = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
         return " ".join(f"{name}={str(value).removeprefix('torch.')}" for name, value, usual in said if value != usual)
@@ -102,9 +106,13 @@ def all_cases() -> list[Case]:
 def few_cases() -> list[Case]:
     """The flags pairwise, and each size at least once: fewer and smaller, for an interpreter of kernels."""
     lengths, widths = itertools.chain(SQUARE + UNEQUAL, itertools.cycle(((17, 33), (40, 17)))), itertools.cycle(WIDTHS)
-    cases = [replace(case, lengths=next(lengths), widths=next(widths)) for case in pairwise(FLAGS)]
-    small = {(2, 2): (1, 1), (4, 2): (2, 1), (3, 1): (2, 1)}
-    return [replace(c, batch=1, heads=small[c.heads]) if c.lengths[0] * c.lengths[1] > 4096 else c for c in cases]
+    found = []
+    for case in pairwise(FLAGS):
+        Q, K = next(lengths)
+        batch = 2 if case.mask == "batch" or case.layout == "expanded" else 1
+        heads = case.heads if Q * K <= 2048 and batch == 1 else {1: (1, 1), 2: (2, 1), 3: (2, 1)}[case.groups]
+        found.append(replace(case, lengths=(Q, K), widths=next(widths), batch=batch, heads=heads))
+    return found
 
 
 # ------------------------------------------------------------------------------------------- the numbers of a case
@@ -313,7 +321,7 @@ def torch_means_the_same(case: Case) -> bool:
 
 
 def by_torch(case: Case, query: Tensor, key: Tensor, value: Tensor, bias: Any = None, mask: Any = None) -> Tensors:
-    key, value = (t.repeat_interleave(case.heads[0] // case.heads[1], 1) for t in (key, value))
+    key, value = (t.repeat_interleave(case.groups, 1) for t in (key, value))
     added = added_of(case, query.dtype, bias, mask)
     return {"output": F.scaled_dot_product_attention(query, key, value, added, scale=scale_of(case))}
 
@@ -378,7 +386,7 @@ def _lse_of_half(case: Case, made: Problem) -> list[Tensor]:
         found = [by_formula(case, **t, backwards=backwards)["lse"] for backwards in (False, True)]
         if DEVICE == "cpu" and not case.softcap and case.widths[0] == case.widths[1] and 0 not in case.lengths:
             t = made.tensors(made.at(case.dtype))
-            k, v = (t[n].repeat_interleave(case.heads[0] // case.heads[1], 1).contiguous() for n in ("key", "value"))
+            k, v = (t[n].repeat_interleave(case.groups, 1).contiguous() for n in ("key", "value"))
             added = added_of(case, case.dtype, t.get("bias"), t.get("mask"))
             fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
             lse = fused(t["query"].contiguous(), k, v, attn_mask=added, scale=scale_of(case))[1]
