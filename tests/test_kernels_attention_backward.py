@@ -36,7 +36,7 @@ WIDTHS = [*((n, n) for n in (1, 8, 32, 40, 64, 80, 96, 128, 192, 256)), (40, 8),
 BROADCASTS = ["".join(letters) for letters in itertools.product("B1", "N1", "Q1", "K1")]
 FEATURES: dict[str, tuple[Any, ...]] = {
     "dtype": (torch.float32, torch.bfloat16, torch.float16),
-    "heads": ((2, 2), (4, 2), (3, 1)),
+    "heads": ((2, 2), (2, 1), (3, 1)),
     "right": (-1, 0, 3),
     "left": (-1, 5, 40),
     "lower_right": (False, True),
@@ -127,7 +127,7 @@ class Case:
         exact = self.differentiated(reference.attention, torch.float64)
         peers = [self.differentiated(formula, self.query.dtype)]
         if self.query.dtype == torch.float32:  # how far torch is off is luck, too: the worse of two ways counts
-            peers.append(self.differentiated(functools.partial(formula, from_lse=True), self.query.dtype))
+            peers.append(self.differentiated(functools.partial(formula, fused=True), self.query.dtype))
         peer = [max(some, key=lambda t, e=e: _error(t, e)) for e, *some in zip(exact, *peers, strict=True)]
         got = self.by_kernels()
         for name, one, right, other in zip(NAMES, got, exact, peer, strict=False):
@@ -143,9 +143,13 @@ class Case:
 def formula(
     query: Tensor, key: Tensor, value: Tensor, bias: Any, mask: Any, cu_q: None, cu_k: None, seed: Tensor,
     *, scale: float, left: int, right: int, lower_right: bool, softcap: float, dropout_p: float, weights: str,
-    from_lse: bool = False,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What a user of torch would write, in the dtype of the tensors; ``from_lse``: as every fused backward does."""
+    """What a user of torch would write, in the dtype of the tensors.
+
+    ``fused``: with the gradient as fused attention has it, where weights come from the log-sum-exp, and the sum that
+    a softmax subtracts from the output.
+    """
     (B, N, Q, _), (M, K) = query.shape, key.shape[1:3]
     key, value = (t.repeat_interleave(N // M, 1) for t in (key, value))
     scores = query @ key.mT * scale
@@ -158,12 +162,18 @@ def formula(
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(empty, 0.0)
     lse = scores.logsumexp(-1)
-    w = ((scores - lse[..., None]).exp() if from_lse else scores.softmax(-1)).masked_fill(empty, 0.0)
-    lse = lse.masked_fill(empty[..., 0], -torch.inf)
+    p = ((scores - lse[..., None].detach()).exp() if fused else scores.softmax(-1)).masked_fill(empty, 0.0)
+    w = p
     if dropout_p:
         heads = torch.arange(B * N, device=query.device).view(B, N)
-        w = w * reference.dropout_keep(seed, heads, Q, K, dropout_p) / (1 - dropout_p)
-    return w @ value, lse, w.mean(1) if weights == "mean" else w
+        w = p * reference.dropout_keep(seed, heads, Q, K, dropout_p) / (1 - dropout_p)
+    out, shown = w @ value, w * 1
+    if fused:
+        sums: list[Tensor] = []
+        out.register_hook(lambda g: sums.append((g * out.detach()).sum(-1, keepdim=True)))
+        shown.register_hook(lambda g: sums.append((g * w.detach()).sum(-1, keepdim=True)))
+        scores.register_hook(lambda g: g - p.detach() * sum(sums))
+    return out, lse.masked_fill(empty[..., 0], -torch.inf), shown.mean(1) if weights == "mean" else shown
 
 
 def _error(found: Tensor, exact: Tensor) -> float:
@@ -171,19 +181,21 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 
 def pairwise(factors: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """Cases in which any two levels of two factors meet: the best of random rows until no pair is missing."""
+    """Cases in which any two levels of two factors meet: of random rows around a missing pair always the best."""
     draw, rows = random.Random(0), []
-
-    def pairs(row: dict[str, Any]) -> set[Any]:
-        return set(itertools.combinations(row.items(), 2))
-
-    missing = {
+    missing = dict.fromkeys(
         ((a, x), (b, y)) for a, b in itertools.combinations(factors, 2) for x in factors[a] for y in factors[b]
-    }  # fmt: skip
+    )
+
+    def completed(row: dict[str, Any]) -> list[Any]:
+        return [pair for pair in itertools.combinations(row.items(), 2) if pair in missing]
+
     while missing:
-        candidates = [{name: draw.choice(levels) for name, levels in factors.items()} for _ in range(200)]
-        rows.append(max(candidates, key=lambda row: len(pairs(row) & missing)))
-        missing -= pairs(rows[-1])
+        around = dict(next(iter(missing)))
+        drawn = [{name: draw.choice(levels) for name, levels in factors.items()} | around for _ in range(300)]
+        rows.append(max(drawn, key=lambda row: len(completed(row))))
+        for pair in completed(rows[-1]):
+            del missing[pair]
     return rows
 
 
@@ -205,22 +217,22 @@ def test_every_head_width(widths: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("row", pairwise(FEATURES), ids=str)
 def test_features_in_pairs(row: dict[str, Any]) -> None:
-    Case((33, 70), B=1, **row).check()
+    Case((20, 70), **row).check()
 
 
 @pytest.mark.parametrize("bias", BROADCASTS)
 def test_bias_of_every_broadcast_shape(bias: str) -> None:
-    Case((70, 33), bias=bias, B=2, outputs="out lse", **CAUSAL).check()
+    Case((20, 33), bias=bias, B=2, outputs="out lse", **CAUSAL).check()
 
 
 def test_bias_over_several_tiles() -> None:
     for bias in ("1NQK", "11Q1", "1N1K", "1111"):
-        Case((129, 140), bias=bias, outputs="out lse", heads=(2, 1), left=30, right=20, lower_right=True).check()
+        Case((70, 140), bias=bias, outputs="out lse", heads=(2, 1), left=30, right=20, lower_right=True).check()
 
 
 @pytest.mark.parametrize("outputs", ["lse", "each", "mean", "lse mean"])
 def test_any_result_alone_has_gradients(outputs: str) -> None:
-    Case((33, 70), outputs=outputs, bias="1NQK", dropout_p=0.2, right=40).check()
+    Case((20, 70), (8, 8), (2, 1), outputs=outputs, bias="1NQK", dropout_p=0.2, right=40).check()
 
 
 def test_no_result_with_a_gradient_gives_zeros() -> None:
@@ -239,7 +251,9 @@ def test_nothing_at_all(sizes: dict[str, Any]) -> None:
 
 
 def test_rows_of_the_scores_gradient_sum_to_that_of_the_lse() -> None:
-    case = Case((65, 130), bias="BNQK", mask="B11K", outputs="out lse mean", dropout_p=0.3, softcap=2.0, left=30)
+    case = Case(
+        (40, 130), heads=(2, 1), bias="BNQK", mask="B11K", outputs="out lse mean", dropout_p=0.3, softcap=2.0, left=30
+    )
     dbias = case.by_kernels()[3]
     seen = reference.attention(*case.inputs, case.mask, None, None, SEED, **case.options)[1] > -torch.inf
     torch.testing.assert_close(dbias.sum(-1), case.dlse * seen, atol=2e-5, rtol=0)
@@ -282,7 +296,7 @@ def test_a_query_that_sees_nothing_has_no_gradient(hiding: str) -> None:
 @pytest.mark.parametrize("spoiled", ["query", "key", "value", "dout"])
 @pytest.mark.parametrize("hiding", ["causal", "window", "padding", "dense"])
 def test_nan_reaches_only_who_sees_it(hiding: str, spoiled: str) -> None:
-    Q, K, at = 70, 75, 37
+    Q, K, at = 50, 70, 37
     options = {
         "causal": CAUSAL,
         "window": {"left": 6, "right": 4},
@@ -341,8 +355,8 @@ def test_large_scores() -> None:
 
 @pytest.mark.parametrize("layout", ["transposed", "columns", "fused", "expanded"])
 def test_any_strides(layout: str) -> None:
-    case = Case((33, 40), (8, 8), outputs="out lse mean", B=2, mask="B11K", bias="1NQK")
-    for name in ("query", "key", "value", "dout", "dweights", "bias", "mask"):
+    case = Case((33, 40), (8, 8), outputs="out lse", B=2, mask="B11K", bias="1NQK")
+    for name in ("query", "key", "value", "dout", "bias", "mask"):
         tensor = getattr(case, name)
         if layout == "transposed":
             tensor = tensor.transpose(0, 1).contiguous().transpose(0, 1)
@@ -356,7 +370,7 @@ def test_any_strides(layout: str) -> None:
             tensor = tensor[:1].expand_as(tensor)
         setattr(case, name, tensor)
     strided = case.by_kernels()
-    for name in ("query", "key", "value", "dout", "dweights", "bias", "mask"):
+    for name in ("query", "key", "value", "dout", "bias", "mask"):
         setattr(case, name, getattr(case, name).contiguous())
     for got, contiguous in zip(strided, case.by_kernels(), strict=True):
         assert torch.equal(got, contiguous)

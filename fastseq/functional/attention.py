@@ -11,12 +11,12 @@ from .. import implementation
 from ..implementation import Choice, chosen, gpu
 from ..ops import attention as attention_ops
 from ..ops import native
-from ..ops.library import needs_gradient
 from ..ops.stock import Stock
 from ..reference import attention as reference
 from .autocast import autocasting, plainly
 
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter}
+_STOCK = {"auto", "torch"}
 
 
 class _Band(NamedTuple):
@@ -98,13 +98,13 @@ def scaled_dot_product_attention(
     )
     # Whether a query sees every key, with its weight as it is: then PyTorch's operator has no promise left to break.
     whole = not ours and attn_mask is None and not dropout_p and not is_causal
-    tensors = [t for t in (query, key, value, attn_mask, bias) if t is not None]
     if not ours:
-        if _stock(tensors, whole, attn_mask is not None and is_causal):
+        way = _way(query, key, value, attn_mask, whole, bool(dropout_p), is_causal)
+        if way == "stock":
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
-        if not dropout_p and not autocasting("cpu") and _on_cpu(tensors):
+        if way == "native":
             out = native.attention(query, key, value, attn_mask, is_causal, scale)
             if out is not None:
                 return out
@@ -227,29 +227,31 @@ def choose_attention(query: Tensor, value: Tensor, beyond: bool) -> Choice:
 # ----------------------------------------------------------------------------------------------- below the face
 
 
-def _stock(tensors: list[Any], whole: bool, both: bool) -> bool:
-    """Whether PyTorch's operator is called as it is, with what it makes of bad arguments; it refuses ``both``."""
-    if not all(type(t) in _PLAIN_TYPES for t in tensors):
-        if torch.compiler.is_compiling():
-            return whole and not implementation.named
-        return chosen() in ("auto", "torch")  # a subclass, a nested tensor, or no tensor: PyTorch knows
-    if torch.compiler.is_compiling():
-        return whole and not implementation.named
-    if chosen() not in ("auto", "torch") or forward_ad._current_level >= 0:
-        return False  # PyTorch's fused operators have no forward-mode derivative
-    if torch._C._are_functorch_transforms_active():
-        return not both
-    return whole and not needs_gradient(tensors)
+def _way(query: Any, key: Any, value: Any, mask: Any, whole: bool, drops: bool, is_causal: bool) -> str:
+    """How a call of torch's own arguments gets around an operator of ours: "stock", "native" or, where not, "".
 
-
-def _on_cpu(tensors: list[Any]) -> bool:
-    """Whether this is an ordinary call on a CPU."""
-    return (
-        not torch.compiler.is_compiling()
-        and chosen() in ("auto", "torch")
-        and all(t.device.type == "cpu" for t in tensors)
-        and not _transformed()
+    Straight code: on small tensors it is a good part of the time that a call takes.
+    """
+    plain = (
+        type(query) in _PLAIN_TYPES
+        and type(key) in _PLAIN_TYPES
+        and type(value) in _PLAIN_TYPES
+        and (mask is None or type(mask) in _PLAIN_TYPES)
     )
+    if torch.compiler.is_compiling():
+        return "stock" if whole and not implementation.named else ""
+    if chosen() not in _STOCK:
+        return ""
+    if not plain:
+        return "stock"  # a subclass, a nested tensor, or no tensor: PyTorch knows
+    if forward_ad._current_level >= 0:
+        return ""  # PyTorch's fused operators have no forward-mode derivative
+    if torch._C._are_functorch_transforms_active():
+        return "" if mask is not None and is_causal else "stock"
+    if whole and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
+        return "stock"
+    on_cpu = query.is_cpu and key.is_cpu and value.is_cpu and (mask is None or mask.is_cpu)
+    return "native" if on_cpu and not drops and not torch.is_autocast_enabled("cpu") else ""
 
 
 def _transformed() -> bool:

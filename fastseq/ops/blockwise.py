@@ -278,6 +278,8 @@ class Call:
         B, M = self.key.shape[:2]
         group = self.query.shape[1] // M
         batches, kv_heads, _, _ = self._steps
+        if any(t.stride(0) != M * t.stride(1) for t in (self.key, self.value)):
+            batches = 1  # else keys and values would be copied to stand below each other
         for b in range(0, B, batches):
             for m in range(0, M, kv_heads):
                 part = slice(b, min(b + batches, B)), slice(m, min(m + kv_heads, M))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BLOCK_ROWS = 128  # fewest queries of a block: each costs a call, and one more sum into the gradients of its keys
+FEW_ROWS = 64
 MASK_SIZE = 2**20  # elements of a block's mask
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -26,7 +27,10 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 
 
 def serves(call: Call) -> bool:
-    """Whether the kernel computes what this call asks for."""
+    """Whether the kernel computes what this call asks for, and is the way to do it."""
+    Q, N, M = call.query.shape[2], call.query.shape[1], call.key.shape[1]
+    if N != M and Q * N // M <= FEW_ROWS:  # all the queries of a key head in one product read the keys once
+        return False
     return (
         call.query.device.type == "cpu"
         and call.query.dtype in DTYPES
@@ -192,9 +196,13 @@ def _mark_empty(call: Call, lse: Tensor) -> None:
 # What the kernel takes, and what is returned.
 
 
+def rows_are_dense(x: Tensor) -> bool:
+    """Whether the kernel can read the rows: it asks for no stride within them, and for none between them of 0."""
+    return x.stride(3) == 1 and x.stride(2) >= x.shape[3]
+
+
 def _rows_dense(x: Tensor) -> Tensor:
-    """A tensor whose rows the kernel can read: it asks for no stride within them, and for none between them of 0."""
-    return x if x.stride(3) == 1 and x.stride(2) >= x.shape[3] else x.contiguous()
+    return x if rows_are_dense(x) else x.contiguous()
 
 
 def _heads_last(x: Tensor) -> Tensor:

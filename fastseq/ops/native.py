@@ -9,15 +9,15 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import attention as reference
 from . import blockwise
-from .library import needs_gradient
+from .flash import DTYPES, rows_are_dense
 
-_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_NODE = "ScaledDotProductFlashAttentionForCpuBackward0"
+_flash = torch._scaled_dot_product_flash_attention_for_cpu
+_WIDE = (torch.float32, torch.float64)
+LARGEST = 2**18  # elements of a boolean mask that is turned into a float one as a whole
 _FAR = -1e4  # log-sum-exps beyond have lost the sum beside the maximum, and with it the weights
 
 
@@ -25,46 +25,64 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> Tensor | None:
     """The output for CPU tensors ``[B, N, T, D]``, equal but for Q and K; None where this is not the way."""
-    sizes = query.shape[:2]
-    if query.dim() != 4 or key.shape != value.shape or key.shape[:2] != sizes or key.shape[3] != query.shape[3]:
+    shape, of_keys = query.shape, key.shape
+    if len(shape) != 4 or len(of_keys) != 4 or of_keys != value.shape or shape[0] != of_keys[0]:
         return None
+    if shape[1] != of_keys[1] or shape[3] != of_keys[3] or 0 in shape or 0 in of_keys:
+        return None
+    dtype = query.dtype
+    if dtype not in DTYPES or key.dtype != dtype or value.dtype != dtype:
+        return None
+    if not (rows_are_dense(query) and rows_are_dense(key) and rows_are_dense(value)):
+        return None
+    added = None
     if attn_mask is not None:
-        if attn_mask.requires_grad or not 2 <= attn_mask.dim() <= 4:
+        added = _additive(attn_mask, query)
+        if added is None:
             return None
-        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-    if attn_mask is not None and is_causal:
-        # The operator takes both, the function in front of it does not.
-        shape = *query.shape[:3], key.shape[2]
-        added = _additive(attn_mask, query) if math.prod(shape) and query.shape[3] else None
-        if added is None or not all(t.stride(3) == 1 for t in (query, key, value)):
+        try:
+            added = added.expand(*shape[:3], of_keys[2])
+        except RuntimeError:  # who reports it names the argument
             return None
-        if not all(a in (1, b) for a, b in zip(added.shape, shape, strict=True)):
+    # The operator takes a mask and is_causal together; the function in front of it does not.
+    out, lse = _flash(query, key, value, 0.0, is_causal, attn_mask=added, scale=scale)
+    if added is not None or is_causal:
+        # A query of NaN that sees nothing spoils its own row only, which its log-sum-exp tells.
+        total = _row_sum(out, -1)
+        if not math.isfinite((total if added is None else total + lse.sum()).item()):
             return None
-        out = _FLASH(query, key, value, 0.0, True, attn_mask=added.expand(shape), scale=scale)[0]
-    else:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale)
-    whole = attn_mask is None and not is_causal
-    if not whole and not _finite(out):
-        return None
-    if needs_gradient((query, key, value)):
-        node = out.grad_fn
-        if node.name() != _NODE:
-            return None
-        by_bool = attn_mask is not None and attn_mask.dtype == torch.bool
-        node.register_hook(_of_whole if whole else _of_shown if by_bool or attn_mask is None else _of_added)
+        if out.requires_grad:
+            by_bool = attn_mask is None or attn_mask.dtype == torch.bool
+            out.grad_fn.register_hook(_of_shown if by_bool else _of_added)
+    elif out.requires_grad:
+        out.grad_fn.register_hook(_of_whole)
     return out  # type: ignore[no-any-return]
 
 
 def _additive(mask: Tensor, query: Tensor) -> Tensor | None:
-    """A mask as it is added to the scores; None if it is not one."""
-    if mask.dtype == torch.bool:
+    """A mask as four dimensions that are added to the scores; None where that is impossible or would be large."""
+    if mask.requires_grad or not 2 <= mask.dim() <= 4:
+        return None
+    mask = mask[(None,) * (4 - mask.dim())]
+    if mask.dtype == torch.bool and mask.numel() <= LARGEST:
         return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
-    return mask if mask.dtype == query.dtype else None
+    return mask if mask.dtype == query.dtype and mask.stride(3) in (0, 1) else None
 
 
-def _finite(x: Tensor) -> bool:
-    """False if any element is NaN or infinite; a sum in half precision might overflow without one."""
-    return math.isfinite(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).item())
+def _row_sum(x: Tensor, row: int) -> Tensor:
+    """The sum of this row of ``[B, N, T, D]`` in all heads, finite if it is free of NaN and infinity.
+
+    It speaks for all rows: hidden values are multiplied too, by 0, and the last query meets every key that any query
+    meets, as the first key meets every query. (A sum in half precision might overflow without a NaN.)
+    """
+    one = x.detach().select(2, row)
+    return one.sum() if x.dtype in _WIDE else one.sum(dtype=torch.float32)
+
+
+def _finite(found: tuple[Any, ...]) -> bool:
+    """Whether gradients of query, key and value are."""
+    sums = [_row_sum(g, row) for g, row in zip(found, (-1, 0, 0), strict=True) if g is not None]
+    return math.isfinite(sum(sums[1:], sums[0]).item())
 
 
 def _of_whole(found: tuple[Any, ...], given: tuple[Any, ...]) -> Any:
@@ -72,14 +90,14 @@ def _of_whole(found: tuple[Any, ...], given: tuple[Any, ...]) -> Any:
 
 
 def _of_shown(found: tuple[Any, ...], given: tuple[Any, ...]) -> Any:
-    if torch.is_grad_enabled() or not all(g is None or _finite(g) for g in found):
+    if torch.is_grad_enabled() or not _finite(found):
         return _anew(given[0], True)
     return None
 
 
 def _of_added(found: tuple[Any, ...], given: tuple[Any, ...]) -> Any:
     node: Any = torch._C._current_autograd_node()
-    bad = not all(g is None or _finite(g) for g in found) or bool((node._saved_logsumexp < _FAR).any())
+    bad = not _finite(found) or bool((node._saved_logsumexp < _FAR).any())
     return _anew(given[0], False) if torch.is_grad_enabled() or bad else None
 
 

@@ -653,7 +653,9 @@ def bias_backward_kernel(
 
 
 @functools.cache
-def backward_tiles(gradient: str, D: int, E: int, dtype: torch.dtype, dense: bool, limits: Limits) -> Tiles:
+def backward_tiles(
+    gradient: str, D: int, E: int, dtype: torch.dtype, precision: str, dense: bool, limits: Limits
+) -> Tiles:
     """The tiles of the kernel that makes a gradient, for heads of width D and E; ``dense``: with more than a band.
 
     A program keeps the rows that it owns and their gradients, and walks over the others.
@@ -662,8 +664,9 @@ def backward_tiles(gradient: str, D: int, E: int, dtype: torch.dtype, dense: boo
     # Before Hopper, products take their operands from registers, so there are fewer for the tiles.
     roomy = limits.shared > 200_000
     if gradient == "key":
-        own = min(8192 // width, 128 if roomy else 64)
-        walked = 64 if width == 64 and roomy and not dense else 32
+        own, walked = 8192 // width, 32 if width < 128 or not dense else 16
+        if width == 64:
+            own, walked = (128, 32 if dense else 64) if roomy else (32, 32)
     elif gradient == "query":
         own, walked = min(128, 16384 // width), 64 if width <= 128 and roomy and not dense else 32
     elif gradient == "bias":
@@ -671,14 +674,15 @@ def backward_tiles(gradient: str, D: int, E: int, dtype: torch.dtype, dense: boo
     else:
         own, walked = 64, 32
     if dtype == torch.float32:
-        own, walked = own // 2, 32
+        own = max(32, own // 2) if roomy and precision == "tf32" and not dense else 32
+        walked = min(walked, 32)
     if dense:
         own = min(own, 64)
     num_stages, row = 2, 2 * width * dtype.itemsize  # of query and dO, or of key and value
     while row * (own + walked * num_stages) > limits.shared and own > 16:
         own, num_stages = (own, 1) if num_stages == 2 else (own // 2, 1)
     block_m, block_n = (walked, own) if gradient == "key" else (own, walked)
-    return Tiles(block_m, block_n, 8, num_stages)
+    return Tiles(block_m, block_n, 8 if own * width > 2048 or dtype == torch.float32 else 4, num_stages)
 
 
 def constants(
@@ -779,7 +783,7 @@ def attention_backward(
         **constants(D, E, N // M, left >= 0, right >= 0, lower_right, softcap != 0.0, reads),
     }  # fmt: skip
     dense = bias is not None or mask is not None or dropout_p > 0.0
-    how = functools.partial(backward_tiles, D=D, E=E, dtype=query.dtype, dense=dense, limits=device)
+    how = functools.partial(backward_tiles, D=D, E=E, dtype=query.dtype, precision=reads, dense=dense, limits=device)
     with torch.cuda.device_of(query):  # for a CPU tensor, nothing
         tile = how("rows")
         rows_backward_kernel[triton.cdiv(Q, tile.block_m) * B * N,](
@@ -847,7 +851,7 @@ def configurations(limits: Limits) -> Iterator[dict[str, Any]]:
         elif kind == "plain":
             kernels.append(("rows", rows_backward_kernel, rows, {"stride_oe": 1}))
         for of, kernel, more, only in kernels:
-            block_m, block_n, num_warps, num_stages = backward_tiles(of, D, D, dtype, everything, limits)
+            block_m, block_n, num_warps, num_stages = backward_tiles(of, D, D, dtype, reads, everything, limits)
             yield configuration(
                 f"attention backward {of} {name}", kernel, tensors | more,
                 constant | only | {"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps, num_stages,

@@ -108,9 +108,10 @@ def few_cases() -> list[Case]:
     lengths, widths = itertools.chain(SQUARE + UNEQUAL, itertools.cycle(((17, 33), (40, 17)))), itertools.cycle(WIDTHS)
     found = []
     for case in pairwise(FLAGS):
-        Q, K = next(lengths)
-        batch = 2 if case.mask == "batch" or case.layout == "expanded" else 1
-        heads = case.heads if Q * K <= 2048 and batch == 1 else {1: (1, 1), 2: (2, 1), 3: (2, 1)}[case.groups]
+        (Q, K), small = next(lengths), (2, 2) if case.groups == 1 else (2, 1)
+        large = Q * K > 2048
+        heads = (1, 1) if large and case.groups == 1 else small
+        batch = 2 if not large and (case.mask == "batch" or case.layout == "expanded") else 1
         found.append(replace(case, lengths=(Q, K), widths=next(widths), batch=batch, heads=heads))
     return found
 
@@ -284,32 +285,42 @@ def by_formula(
 ) -> Tensors:
     """What a user of torch would write, in the dtype of the tensors.
 
-    ``backwards``: its products sum from last to first. ``recomputed``: the weights follow from the log-sum-exp, as
-    torch's fused operators have them for the gradients.
+    ``backwards``: its products sum from last to first. ``recomputed``: the weights follow from the log-sum-exp and
+    from products computed again, last to first, as torch's fused operators have them for the gradients.
     """
     (N, M), (Q, K) = case.heads, case.lengths
     key, value = (t.repeat_interleave(N // M, 1) for t in (key, value))
+    hidden = ~visible_of(case, mask)
 
-    def product(a: Tensor, b: Tensor) -> Tensor:
+    def product(a: Tensor, b: Tensor, backwards: bool) -> Tensor:
         return a.flip(-1) @ b.flip(-2) if backwards else a @ b
 
-    scores = product(query, key.mT) * scale_of(case)
-    if case.softcap:
-        scores = case.softcap * (scores / case.softcap).tanh()
-    if bias is not None:
-        scores = scores + bias
-    scores = scores.masked_fill(~visible_of(case, mask), -torch.inf)
+    def scores_of(backwards: bool) -> Tensor:
+        scores = product(query, key.mT, backwards) * scale_of(case)
+        if case.softcap:
+            scores = case.softcap * (scores / case.softcap).tanh()
+        if bias is not None:
+            scores = scores + bias
+        return scores.masked_fill(hidden, -torch.inf)
+
+    scores = scores_of(backwards)
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(empty, 0.0)
     lse = scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1)
-    weights = (scores - lse[..., None].to(scores.dtype)).exp() if recomputed else scores.softmax(-1)
-    weights = weights.masked_fill(empty, 0.0)
+    if recomputed:
+        weights = (scores_of(not backwards) - lse[..., None].to(scores.dtype)).exp().masked_fill(empty, 0.0)
+    else:
+        weights = scores.softmax(-1).masked_fill(empty, 0.0)
     if case.dropout_p:
         heads = torch.arange(case.batch * N, device=query.device).view(-1, N)
         kept = reference.dropout_keep(torch.tensor([SEED], device=query.device), heads, Q, K, case.dropout_p)
         weights = weights * kept / (1 - case.dropout_p)
     shown = weights.mean(1) if case.outputs == "mean" else weights
-    found = {"output": product(weights, value), "weights": shown, "lse": lse.masked_fill(empty[..., 0], -torch.inf)}
+    found = {
+        "output": product(weights, value, backwards),
+        "weights": shown,
+        "lse": lse.masked_fill(empty[..., 0], -torch.inf),
+    }
     return {name: found[name] for name in names_of(case)}
 
 
@@ -404,17 +415,19 @@ def assert_right(case: Case, implementation: str) -> None:
     with fastseq.use(implementation):
         got = outcome(by_fastseq, made, made.poisoned(case.dtype))
     assert got.keys() == exact.keys()
+    # In float64 the oracle is rounded as well, and what happens near a logit of 120 to 120 times the rounding. The
+    # interpreter of kernels cuts float32 off to bfloat16 where a device rounds: twice the error.
+    cuts = implementation == "triton" and not ON_GPU and case.dtype == torch.bfloat16
+    slack = 256.0 if case.dtype == torch.float64 else 4.0 if cuts else 2.0
     for name, value in got.items():
-        assert_as_good(value, exact[name], peer[name], f"{implementation}: {name}")
+        assert_as_good(value, exact[name], peer[name], f"{implementation}: {name}", slack)
 
 
-def assert_as_good(got: Tensor, exact: Tensor, peer: Tensor, name: str) -> None:
+def assert_as_good(got: Tensor, exact: Tensor, peer: Tensor, name: str, slack: float = 2.0) -> None:
     """The budget for what is finite; -inf, of an empty row's log-sum-exp, is an exact answer."""
     assert not exact.isnan().any(), f"{name}: what is expected must be numbers"
     assert not peer.isnan().any(), f"{name}: what is expected must be numbers"
     assert not got.isnan().any(), f"{name}: {int(got.isnan().sum())} of {got.numel()} are NaN"
     infinite = exact.isinf()
     assert torch.equal(got.isinf(), infinite), f"{name}: infinite elsewhere"
-    # In float64 the oracle is rounded as well, and what happens near a logit of 120 to 120 times the rounding.
-    slack = 256.0 if got.dtype == torch.float64 else 2.0
     assert_within_budget(*(t.masked_fill(infinite, 0.0) for t in (got, exact, peer)), name, slack)
