@@ -51,12 +51,12 @@ def attention(
         total = _row_sum(out, -1)
         if not math.isfinite((total if added is None else total + lse.sum()).item()):
             return None
-        if out.requires_grad:
-            by_bool = attn_mask is None or attn_mask.dtype == torch.bool
-            out.grad_fn.register_hook(_of_shown if by_bool else _of_added)
-    elif out.requires_grad:
-        out.grad_fn.register_hook(_of_whole)
-    return out  # type: ignore[no-any-return]
+    node = out.grad_fn
+    if node is not None:
+        by_bool = attn_mask is None or attn_mask.dtype == torch.bool
+        hook = _of_whole if attn_mask is None and not is_causal else _of_shown if by_bool else _of_added
+        node.register_hook(hook)
+    return out
 
 
 def _additive(mask: Tensor, query: Tensor) -> Tensor | None:
@@ -82,7 +82,7 @@ def _row_sum(x: Tensor, row: int) -> Tensor:
 def _finite(found: tuple[Any, ...]) -> bool:
     """Whether gradients of query, key and value are."""
     sums = [_row_sum(g, row) for g, row in zip(found, (-1, 0, 0), strict=True) if g is not None]
-    return math.isfinite(sum(sums[1:], sums[0]).item())
+    return not sums or math.isfinite(sum(sums[1:], sums[0]).item())
 
 
 def _of_whole(found: tuple[Any, ...], given: tuple[Any, ...]) -> Any:

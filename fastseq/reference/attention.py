@@ -94,7 +94,9 @@ def _attention(
     # A row of nothing but -inf has no softmax: it is computed on zeros, and its results are put in place.
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(empty, 0.0)
-    lse = scores.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
+    # torch.logsumexp would take its gradient from the rounded result, wrong by n in a row of n times the least number.
+    most = scores.detach().amax(-1, keepdim=True) if K else scores.new_zeros(B, N, Q, 1)
+    lse = ((scores - most).exp().sum(-1).log() + most[..., 0]).masked_fill(empty[..., 0], -torch.inf)
     w = scores.softmax(-1).masked_fill(empty | ~visible, 0.0)
     if dropout_p:
         assert seed is not None
