@@ -22,12 +22,11 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    """Of one exponential, which may overflow to infinity but not to NaN; it cancels near zero, where the series is."""
+    """A quotient of two exponentials would overflow to NaN; this form cancels near zero, where its series stands in."""
     s = x * x
     series = -0.0539682540 + s * (0.0218694885 - s * 0.00886323553)
     near = x + x * s * (-0.333333333 + s * (0.133333333 + s * series))
-    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
-    return tl.where(tl.abs(x) < 0.3, near, tl.where(x < 0.0, -far, far))
+    return tl.where(tl.abs(x) < 0.3, near, 2.0 * sigmoid(2.0 * x) - 1.0)
 
 
 @triton.jit

@@ -300,7 +300,9 @@ class Call:
     def _scores(self, tile: Tile, query: Tensor, key: Tensor, space: Tensor) -> tuple[Tensor, Tensor | None]:
         """The scores ``[b * m, G * rows, keys]``, hidden ones -inf; and the tanh of the cap."""
         shape = *query.shape[:2], key.shape[1]
-        scores = torch.bmm(query, key.mT, out=space[: math.prod(shape)].view(shape))
+        scores = space[: math.prod(shape)].view(shape)
+        # The scale after the sum, as formulas have it: a query scaled before would be rounded once more, in each term.
+        torch.baddbmm(scores, query, key.mT, beta=0, alpha=self._inner_scale, out=scores)
         if self.careful:
             bad = self._bad(self.query, tile, True) | self._bad(self.key, tile, False)
             scores.view(tile.shape).masked_fill_(bad, torch.nan)
@@ -388,7 +390,7 @@ class Call:
         space = self.query.new_empty(size, dtype=self.wide)
         for batches, _, heads, key, value in self._pieces():
             for tile in self.tiles(batches, heads, rows):
-                query = self._rows(self.query, tile, key.shape[0], self._inner_scale)
+                query = self._rows(self.query, tile, key.shape[0], 1.0)
                 p, _ = self._scores(tile, query, key[:, tile.keys], space)
                 most = p.amax(-1, keepdim=True)
                 torch.softmax(p, -1, out=p)
@@ -443,7 +445,7 @@ class Call:
         for batches, kv_heads, heads, key, value in self._pieces():
             dk, dv = torch.zeros_like(key), torch.zeros_like(value)
             for tile in self.tiles(batches, heads, rows):
-                query = self._rows(self.query, tile, key.shape[0], self._inner_scale)
+                query = self._rows(self.query, tile, key.shape[0], 1.0)
                 upper = self._rows(dout, tile, key.shape[0], self._kept)
                 p, bent = self._scores(tile, query, key[:, tile.keys], space)
                 torch.softmax(p, -1, out=p)
@@ -485,6 +487,7 @@ class Call:
                         dtable.masked_fill_(hidden, 0.0)
                 dk[:, tile.keys] += torch.bmm(d.mT, query)
                 dquery[tile.queries] = torch.bmm(d, key[:, tile.keys]).mul_(self._inner_scale).view(*tile.shape[:3], -1)
+            dk *= self._inner_scale
             for whole, found in ((dkey, dk), (dvalue, dv)):
                 whole[batches, kv_heads] = found.view(-1, kv_heads.stop - kv_heads.start, *found.shape[1:])
         return dquery, dkey, dvalue, _to(dbias, self.bias)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..jit import NAMES, OPTIONS, configuration, dot
 from ..limits import Limits, limits
-from .plan import Tiles, block, precision
+from .plan import Tiles, block, kept, precision, strides
 from .scores import (
     LN2,
     LOG2E,
@@ -356,15 +356,10 @@ def decode_forward(
         decode_combine_kernel[(B * N * Q,)](
             acc_ptr=acc, max_ptr=m, sum_ptr=l, out_ptr=out, **strides("o", "bnq", out), lse_ptr=lse,
             N=N, Q=Q, S=parts, log2_unit=1.0 if bias is None else LOG2E.value,
-            log_unit=LN2.value if bias is None else 1.0, kept=1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+            log_unit=LN2.value if bias is None else 1.0, kept=kept(dropout_p),
             E=E, BLOCK_S=BLOCK_S, BLOCK_E=block(E), **OPTIONS,
         )  # fmt: skip
     return out, lse
-
-
-def strides(name: str, dims: str, tensor: Tensor | None) -> dict[str, int]:
-    """The strides of a tensor by the names that the kernels give them; of no tensor, zeros."""
-    return {f"stride_{name}{d}": 0 if tensor is None else tensor.stride(at) for at, d in enumerate(dims)}
 
 
 def per_row(tensor: Tensor | None, group: int) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..jit import NAMES, OPTIONS, configuration, dot
 from ..limits import Limits, limits
 from .decode import decode_forward, splits
-from .plan import Tiles, block, forward_tiles, precision, weights_tiles
+from .plan import Tiles, block, forward_tiles, kept, per_query, precision, strides, weights_tiles
 from .scores import (
     LN2,
     LOG2E,
@@ -390,21 +390,6 @@ def attention_weights_kernel(
         total += w
     ptrs = at_row(weights_ptr, stored.to(tl.int64) * Q + start, K) + first + rows.to(tl.int64)[:, None] * K + offs_n
     tl.store(ptrs, (total * kept).to(weights_ptr.dtype.element_ty), mask=(i < Q)[:, None] & (j < K)[None, :])
-
-
-def strides(name: str, dims: str, tensor: Tensor | None) -> dict[str, int]:
-    """The strides of a tensor by the names that the kernels give them; of no tensor, zeros."""
-    return {f"stride_{name}{d}": 0 if tensor is None else tensor.stride(at) for at, d in enumerate(dims)}
-
-
-def per_query(tensor: Tensor | None) -> bool:
-    """Whether an expanded bias or mask ``[B, N, Q, K]`` says something else to each query."""
-    return tensor is not None and tensor.shape[2] > 1 and tensor.stride(2) != 0
-
-
-def kept(dropout_p: float) -> float:
-    """What dropout multiplies the weights by that it keeps."""
-    return 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
 
 
 def attention_forward(

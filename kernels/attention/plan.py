@@ -1,10 +1,11 @@
-"""Which tiles a size gets, and what there is no kernel for: pure functions of the size and the device's limits."""
+"""Which tiles a size gets, what there is no kernel for, and what launchers pass: pure functions."""
 
 import functools
 from typing import NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 from ..jit import INTERPRETED
 from ..limits import Limits
@@ -91,3 +92,18 @@ def unsupported(dtype: torch.dtype, device: torch.device, D: int, E: int) -> str
     if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
         return "the kernels need a GPU of compute capability 8.0 or later"
     return None
+
+
+def strides(name: str, dims: str, tensor: Tensor | None) -> dict[str, int]:
+    """The strides of a tensor by the names that the kernels give them; of no tensor, zeros."""
+    return {f"stride_{name}{d}": 0 if tensor is None else tensor.stride(at) for at, d in enumerate(dims)}
+
+
+def per_query(tensor: Tensor | None) -> bool:
+    """Whether an expanded bias or mask ``[B, N, Q, K]`` says something else to each query."""
+    return tensor is not None and tensor.shape[2] > 1 and tensor.stride(2) != 0
+
+
+def kept(dropout_p: float) -> float:
+    """What dropout multiplies the weights by that it keeps."""
+    return 1 / (1 - dropout_p) if dropout_p < 1 else 0.0

@@ -7,8 +7,6 @@ where a kernel walks over queries. Scores are kept in units of log 2, for ``exp2
 import triton
 import triton.language as tl
 
-from ..jit import tanh
-
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -50,20 +48,24 @@ def keys_of_all(first, last, shift, left, right, K, HAS_LEFT: tl.constexpr, HAS_
 
 
 @triton.jit
+def tanh(x):
+    """More exact near one than the recurrent kernels', for a cap's gradient ``1 - tanh(x)**2`` cancels there.
+
+    Of one exponential, which may overflow to infinity but not to NaN. It cancels near zero, where the series is.
+    """
+    s = x * x
+    series = -0.0539682540 + s * (0.0218694885 - s * 0.00886323553)
+    near = x + x * s * (-0.333333333 + s * (0.133333333 + s * series))
+    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    return tl.where(tl.abs(x) < 0.3, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
 def capped(qk, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """The score of a product, in units of log 2: scaled, and bent below the cap where there is one."""
     if HAS_SOFTCAP:
         return softcap * tanh(qk * (scale / softcap)) * LOG2E
     return qk * (scale * LOG2E)
-
-
-@triton.jit
-def capped_gradient(score, softcap, HAS_SOFTCAP: tl.constexpr):
-    """The derivative of ``capped`` with respect to ``scale * qk``, from its own result; 1 without a cap."""
-    if HAS_SOFTCAP:
-        bent = score * (LN2 / softcap)
-        return 1.0 - bent * bent
-    return tl.full(score.shape, 1.0, tl.float32)
 
 
 @triton.jit

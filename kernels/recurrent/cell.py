@@ -2,8 +2,7 @@
 
 Forward: a program computes a tile of hidden units for a tile of the batch; it walks over the input and over the
 hidden state, with an accumulator for every gate. Backward: a program computes a tile of the columns of
-``[dx | dh]``; it walks over the hidden units and computes their gates' gradients anew from what forward saved,
-which is cheaper than a second launch. Tiles are transposed, ``[units, batch]``, as in ``sequence.py``.
+``[dx | dh]``, walking over the hidden units, whose gates' gradients it computes anew. Tiles are ``[units, batch]``.
 """
 
 import itertools

@@ -1,8 +1,7 @@
 """A whole sequence of a recurrent layer, forward and backward.
 
-The kernels here keep the recurrent weight resident: a program loads all of it before the loop over time and then
-walks its rows of the batch through every step alone, so nothing is synchronised and only gates travel. Sizes
-whose weight does not fit run step by step (``stepwise.py``); ``plan.py`` decides.
+The kernels here keep the recurrent weight resident: a program loads all of it before the loop over time and walks its
+rows of the batch through every step alone; nothing is synchronised. Other sizes run ``stepwise``; ``plan`` decides.
 
 Tiles are transposed, ``[BLOCK_H, BLOCK_B]``: the weight is the left operand of every product, which may stay in
 registers, and the batch is on the side that the matrix units pad least.

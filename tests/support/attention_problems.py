@@ -306,7 +306,10 @@ def by_formula(
     scores = scores_of(backwards)
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(empty, 0.0)
-    lse = scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(-1)
+    # torch.logsumexp's gradient goes by its rounded result: it is off by n in a row of n times the least number.
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    most = wide.detach().amax(-1, keepdim=True) if K else wide.new_zeros(*wide.shape[:-1], 1)
+    lse = (wide - most).exp().sum(-1).log() + most[..., 0]
     if recomputed:
         weights = (scores_of(not backwards) - lse[..., None].to(scores.dtype)).exp().masked_fill(empty, 0.0)
     else:
