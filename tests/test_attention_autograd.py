@@ -183,3 +183,17 @@ def test_gradients_through_functional_call() -> None:
     weights = dict(layer.named_parameters())
     expected = torch.autograd.grad(loss(weights), list(weights.values()))
     assert_close(list(grad(loss)({n: p.detach() for n, p in weights.items()}).values()), list(expected))
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "mask and causal", "dropout", "everything"])
+def test_where_pytorchs_operator_on_a_gpu_stops_ours_begins(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU is pretended: the way of its calls, around PyTorch's operator in a graph of its own, for CPU tensors."""
+    from fastseq.functional import attention
+
+    monkeypatch.setattr(attention, "gpu", lambda tensor: True)
+    monkeypatch.setattr(attention, "_way", lambda *args: "")
+    args = inputs()
+    for way in ("torch", "reference"):
+        assert torch.autograd.gradcheck(as_function(way, OPTIONS[name]), args, fast_mode=True)
+    assert_close(as_function("torch", OPTIONS[name])(*args), as_function("reference", OPTIONS[name])(*args))
+    assert torch.autograd.gradgradcheck(as_function("torch", OPTIONS[name]), args, fast_mode=True)

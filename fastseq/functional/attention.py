@@ -128,8 +128,8 @@ def scaled_dot_product_attention(
     with plainly(q.device.type):
         out, lse, shown = _attend(
             q, k, v, bias, mask, None, None, _seed(seed, dropout_p, q.device),
-            scale=scale, band=band, softcap=softcap, dropout_p=dropout_p,
-            max_q=q.shape[2], max_k=k.shape[2], weights=weights, beyond=ours or not (whole or attn_mask is None),
+            scale=scale, band=band, softcap=softcap, dropout_p=dropout_p, max_q=q.shape[2], max_k=k.shape[2],
+            weights=weights, beyond=ours or attn_mask is not None or dropout_p > 0.0,
         )  # fmt: skip
 
     def shaped(t: Tensor, heads: int) -> Tensor:
