@@ -666,12 +666,14 @@ def backward_tiles(
     roomy = limits.shared > 200_000
     if gradient == "key":
         own, walked = 8192 // width, 32 if width < 128 or not dense else 16
+        if width == 128 and dense and not roomy:
+            own, walked = 32, 32
         if width == 64:
             own, walked = (128, 32 if dense else 64) if roomy else (32, 32)
     elif gradient == "query":
         own, walked = min(128, 16384 // width), 64 if width <= 128 and roomy and not dense else 32
     elif gradient == "bias":
-        own, walked = 64, min(64, 8192 // width)
+        own, walked = 64, min(64, (8192 if roomy else 4096) // width)
     else:
         own, walked = 64, 32
     if dtype == torch.float32:

@@ -46,7 +46,7 @@ def forward_tiles(
     if limits.backend == "hip":
         tiles = Tiles(128, 32, 4, 1)
     elif dtype == torch.float32 and precision == "ieee":  # products are chains of scalar multiplications
-        tiles = Tiles(64, 32, 8, 1) if width <= 64 else Tiles(32, 32, 8, 1)
+        tiles = Tiles(64, 32, 8, 1) if width <= 64 else Tiles(32, 16 if rich else 32, 8, 1)
     elif dtype == torch.float32:
         if width <= 64:
             tiles = Tiles(128, 32 if rich else 64, 8, 2)
