@@ -374,8 +374,8 @@ def key_backward_kernel(
     for CAREFUL in tl.static_range(2 if HIDES else 1):
         heads = GROUP
         if CAREFUL:
-            spoiled = tl.max(tl.where(dk != dk, 1, 0), 1) | tl.max(tl.where(dv != dv, 1, 0), 1)
-            again = tl.max(tl.where(j < K, spoiled, 0), 0)
+            again = tl.max(tl.where((dk != dk) & (j < K)[:, None], 1, 0))  # flat: see forward.py
+            again = again | tl.max(tl.where((dv != dv) & (j < K)[:, None], 1, 0))
             heads = GROUP * again
             dk = tl.where(again != 0, 0.0, dk)
             dv = tl.where(again != 0, 0.0, dv)
@@ -523,7 +523,7 @@ def query_backward_kernel(
     HIDES: tl.constexpr = HAS_LEFT or HAS_RIGHT or mask_ptr is not None
     for CAREFUL in tl.static_range(2 if HIDES else 1):
         if CAREFUL:
-            again = tl.max(tl.max(tl.where(dq != dq, 1, 0), 1), 0)
+            again = tl.max(tl.where(dq != dq, 1, 0))  # flat: see forward.py
             dq = tl.where(again != 0, 0.0, dq)
             full_low = low
             full_high = low
@@ -666,14 +666,14 @@ def backward_tiles(
     roomy = limits.shared > 200_000
     if gradient == "key":
         own, walked = 8192 // width, 32 if width < 128 or not dense else 16
-        if width == 128 and dense and not roomy:
-            own, walked = 32, 32
+        if width >= 128 and not roomy and (dense or width > 128):
+            own, walked = 4096 // width, 32
         if width == 64:
             own, walked = (128, 32 if dense else 64) if roomy else (32, 32)
     elif gradient == "query":
         own, walked = min(128, 16384 // width), 64 if width <= 128 and roomy and not dense else 32
     elif gradient == "bias":
-        own, walked = 64, min(64, (8192 if roomy else 4096) // width)
+        own, walked = 64, min(64, 8192 // width) if roomy else 32
     else:
         own, walked = 64, 32
     if dtype == torch.float32:

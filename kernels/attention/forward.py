@@ -281,7 +281,7 @@ def attention_forward_kernel(
         # This is rare, and should not slow the rest: it takes fewer keys at a time, and all that it needs depends on
         # its condition, or the compiler would compute it ahead of the loops above and keep it in registers.
         FEWER: tl.constexpr = max(16, BLOCK_N // 2)
-        bad = tl.max(tl.max((acc != acc).to(tl.int32), 1), 0)
+        bad = tl.max((acc != acc).to(tl.int32))  # flat: triton 3.6 fails on two reductions in a row for sm_100
         if bad != 0:
             zero = (bad - 1) * 16  # so that what was divisible by 16 stays so
             start += zero

@@ -59,9 +59,9 @@ def forward_tiles(
     elif width == 128:
         tiles = Tiles(128, 32, 8, 3) if banded or rich else Tiles(128, 64, 8, 2)
     elif large:
-        tiles = Tiles(128, 32 if rich else 64, 8, 2)
+        tiles = Tiles(128, 32, 8, 2)
     else:
-        tiles = Tiles(64, 32, 4, 2)
+        tiles = Tiles(64, 32, 8, 2)
     if max_q <= 64 < tiles.block_m:  # the least that a warp group multiplies
         tiles = tiles._replace(block_m=64, num_warps=4)
     return tiles
@@ -73,7 +73,7 @@ def weights_tiles(dtype: torch.dtype, D: int, precision: str, limits: Limits) ->
     if dtype == torch.float32 and precision == "ieee":
         tiles = Tiles(64 if D <= 64 else 32, 32, 8, 1)
     else:
-        tiles = Tiles(64, 32 if dtype == torch.float32 and D > 64 else 64, 4, 1)
+        tiles = Tiles(64, 64 if D <= 128 or limits.shared > 100_000 else 32, 8, 1)
     return tiles
 
 
