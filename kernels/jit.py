@@ -79,6 +79,54 @@ def select_tiles(condition, tiles, others):
 
 
 @triton.jit
+def add_tiles(tiles, others):
+    total = ()
+    for n in tl.static_range(len(tiles)):
+        total = total + (tiles[n] + others[n],)
+    return total
+
+
+@triton.jit
+def staying(stay_ptr, row, b, h, mask, D: tl.constexpr, N: tl.constexpr, H: tl.constexpr):
+    """Zoneout of the N states of a step: where each stays as it was (tiles), or how much of it (N numbers)."""
+    stay = ()
+    if stay_ptr is not None:
+        if stay_ptr.dtype.element_ty == tl.float32:
+            for n in tl.static_range(N):
+                stay = stay + (tl.load(stay_ptr + n),)
+        else:
+            stay = load_tiles(stay_ptr + row * (N * H), b * (D * N * H) + h, mask, N, H)
+    return stay
+
+
+@triton.jit
+def zone_out(stay, new, old):
+    """The states that a step leaves (Krueger et al. 2017), from its own and those it read."""
+    states = ()
+    for n in tl.static_range(len(new)):
+        if stay[n].dtype == tl.float32:
+            states = states + (stay[n] * old[n] + (1.0 - stay[n]) * new[n],)
+        else:
+            states = states + (tl.where(stay[n] != 0, old[n], new[n]),)
+    return states
+
+
+@triton.jit
+def zone_out_backward(stay, dstates):
+    """Gradients of the states that the step made, and of those it read."""
+    dnew = ()
+    dold = ()
+    for n in tl.static_range(len(dstates)):
+        if stay[n].dtype == tl.float32:
+            dnew = dnew + ((1.0 - stay[n]) * dstates[n],)
+            dold = dold + (stay[n] * dstates[n],)
+        else:
+            dnew = dnew + (tl.where(stay[n] != 0, 0.0, dstates[n]),)
+            dold = dold + (tl.where(stay[n] != 0, dstates[n], 0.0),)
+    return dnew, dold
+
+
+@triton.jit
 def time_of(s, T, d):
     """The time that direction d reads at its s-th step: s, or T-1-s in the backward direction."""
     return s + d * (T - 1 - 2 * s)
@@ -88,6 +136,43 @@ def time_of(s, T, d):
 def row_of(t, start, d, B, D: tl.constexpr):
     """The row of ``[T, B, D, ...]`` at which a program's tile begins; 64 bits, for T*B*D*width may be large."""
     return (B.to(tl.int64) * t + start) * D + d
+
+
+@triton.jit
+def initial_state(h_ptr, c_ptr, first, b, h, mask, C: tl.constexpr, H: tl.constexpr):
+    """h ``[D, B, H]`` and the cells ``[D, B, C, H]`` of a program's rows."""
+    state = load_tiles(h_ptr + first * H, b * H + h, mask, 1, H)
+    if c_ptr is not None:
+        state = state + load_tiles(c_ptr + first * (C * H), b * (C * H) + h, mask, C, H)
+    return cast_tiles(state, tl.float32)
+
+
+@triton.jit
+def store_state(h_ptr, c_ptr, first, b, h, state, mask, C: tl.constexpr, H: tl.constexpr):
+    store_tiles(h_ptr + first * H, b * H + h, state[:1], mask, H)
+    if c_ptr is not None:
+        store_tiles(c_ptr + first * (C * H), b * (C * H) + h, state[1:], mask, H)
+
+
+@triton.jit
+def arriving(
+    dy_ptr, dcells_ptr, gates_ptr, cells_ptr, h_prev_ptr, c_prev_ptr, row, b, h, mask,
+    D: tl.constexpr, S: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+):  # fmt: skip
+    """What backward reads at one step: the gradients of its outputs, the saved gates, and ``kept``."""
+    in_row = b * (D * H) + h
+    in_cells = b * (D * C * H) + h
+    dout = load_tiles(dy_ptr + row * H, in_row, mask, 1, 0)
+    if dcells_ptr is not None:
+        dout = dout + load_tiles(dcells_ptr + row * (C * H), in_cells, mask, C, H)
+    saved = load_tiles(gates_ptr + row * (S * H), b * (D * S * H) + h, mask, S, H)
+    kept = ()
+    if h_prev_ptr is not None:
+        kept = kept + load_tiles(h_prev_ptr + row * H, in_row, mask, 1, 0)
+    if c_prev_ptr is not None:
+        kept = kept + load_tiles(c_prev_ptr + row * (C * H), in_cells, mask, C, H)
+        kept = kept + load_tiles(cells_ptr + row * (C * H), in_cells, mask, C, H)
+    return dout, saved, kept
 
 
 def on_device(launcher: Callable[..., Any]) -> Callable[..., Any]:

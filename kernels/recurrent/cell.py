@@ -18,7 +18,7 @@ from ..jit import NAMES, OPTIONS, cast_tiles, configuration, dot, load_tiles, on
 from ..limits import LIMITS, Limits, limits
 from .plan import DTYPES, precision, repeats, scalar
 from .plan import unsupported as unsupported
-from .steps import STEPS, Step
+from .steps import STEPS, STOCK, Step
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def cell_forward_kernel(
         state = (tl.load(h_ptr + in_state, mask=mask, other=0.0).to(tl.float32),)
     if c_ptr is not None:
         state = state + (tl.load(c_ptr + in_state, mask=mask, other=0.0).to(tl.float32),)
-    saved, state = STEP(x, recurrent, state)
+    saved, state = STEP(x, recurrent, state, (), H)
 
     tl.store(h_new_ptr + in_state, state[0].to(h_new_ptr.dtype.element_ty), mask=mask)
     if c_new_ptr is not None:
@@ -127,7 +127,7 @@ def gate_gradients(
         kept = kept + (tl.load(c_ptr + in_state, mask=mask, other=0.0).to(tl.float32),)
         kept = kept + (tl.load(c_new_ptr + in_state, mask=mask, other=0.0).to(tl.float32),)
     saved = cast_tiles(load_tiles(gates_ptr + start * (S * H), b * (S * H) + h, mask, S, H), tl.float32)
-    return STEP(saved, kept, dafter)
+    return STEP(saved, kept, dafter, (), H)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -174,7 +174,7 @@ def cell_backward_kernel(
         h = k_start + tl.arange(0, BLOCK_K)[:, None]
         k = k_start + tl.arange(0, BLOCK_K)[None, :]
         mask = (h < H) & mask_b
-        dx, dh, dbefore = gate_gradients(
+        dx, dh, dbefore, _ = gate_gradients(
             dh_new_ptr, dc_new_ptr, gates_ptr, h_ptr, c_ptr, c_new_ptr, start, b, h, mask, S, H, STEP
         )  # fmt: skip
         if tile == 0:
@@ -190,7 +190,7 @@ def cell_backward_kernel(
             w = tl.load(w_ptr + (g * H + k) * width + n, mask=(n < width) & (k < H), other=0.0)
             acc = dot(w, dgate.to(DTYPE), acc, PRECISION)
     if h_ptr is not None:  # the step reads h outside the product, too
-        dx, dh, dbefore = gate_gradients(
+        dx, dh, dbefore, _ = gate_gradients(
             dh_new_ptr, dc_new_ptr, gates_ptr, h_ptr, c_ptr, c_new_ptr, start, b, n, (n < H) & mask_b, S, H, STEP
         )  # fmt: skip
         acc += tl.where(of_x, 0.0, dbefore[0])
@@ -318,9 +318,8 @@ def backward_plan(
 def configurations(limits: Limits = LIMITS["sm_90"]) -> Iterator[dict[str, Any]]:
     """The ways in which a device of these limits runs the cell kernels, at an even and at an odd size."""
     sizes = ((256, 256), (33, 100))
-    for (cell, step), (I, H), dtype, allow_tf32 in itertools.product(  # noqa: E741
-        STEPS.items(), sizes, DTYPES, (True, False)
-    ):
+    for cell, (I, H), dtype, allow_tf32 in itertools.product(STOCK, sizes, DTYPES, (True, False)):  # noqa: E741
+        step = STEPS[cell]
         reads = precision(dtype, allow_tf32, limits)
         if (
             (allow_tf32 and reads == "ieee")
@@ -329,7 +328,7 @@ def configurations(limits: Limits = LIMITS["sm_90"]) -> Iterator[dict[str, Any]]
         ):
             continue
         name = f"{cell} I={I} H={H} {NAMES[dtype]} {reads}"
-        c = dtype if step.has_c else None
+        c = dtype if step.cells else None
         split = dtype if step.splits else None
         forward = {
             "x_ptr": dtype,

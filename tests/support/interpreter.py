@@ -1,5 +1,6 @@
 """Triton's interpreter, without what it does needlessly often."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,9 +11,10 @@ import triton
 
 @contextmanager
 def quick_interpreter() -> Iterator[None]:
-    """Replaces the functions of ``triton.language`` once for a launch and module.
+    """Replaces the functions of ``triton.language`` once for a launch and module, and counts no overflows.
 
-    Triton does it again whenever a kernel calls a function, and searches the language for them: half of the time.
+    Triton does the one again whenever a kernel calls a function, and searches the language for them: half of the time.
+    The other doubles every sum of integers, for an assertion that only a debug build makes.
     """
     if not triton.knobs.runtime.interpret:
         yield
@@ -32,5 +34,10 @@ def quick_interpreter() -> Iterator[None]:
         done.clear()
         return launch(self, *arguments, **keywords)
 
-    with patch.object(interpreter, "_patch_lang", once), patch.object(interpreter.GridExecutor, "__call__", launched):
+    unchecked = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    with (
+        patch.object(interpreter, "_patch_lang", once),
+        patch.object(interpreter.GridExecutor, "__call__", launched),
+        patch.object(interpreter.interpreter_builder, "options", unchecked),
+    ):
         yield
