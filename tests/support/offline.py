@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -41,6 +41,7 @@ TABLE = ROOT / "benchmarks" / "results" / "offline" / f"triton-{RELEASE}.json"
 # Each has configurations(), which yields dicts: name, fn, signature, constexprs, num_warps, num_stages.
 KERNELS = [
     *(f"fastseq.kernels.recurrent.{name}" for name in ("sequence", "pointwise", "cell")),
+    "tests.support.persistent_rows",
     *(f"fastseq.kernels.attention.{name}" for name in ("forward", "backward", "decode")),
 ]
 WORKERS = 2
@@ -93,11 +94,15 @@ def source(configuration: Configuration) -> ASTSource:
     )
 
 
-def figures_of(configuration: Configuration, target_name: str) -> Figures:
-    """Figures of one configuration on one target, or ``{"error": ...}`` with the compiler's last words."""
+def figures_of(configuration: Configuration, target_name: str, more: Callable[[Any], Figures] | None = None) -> Figures:
+    """Figures of one configuration on one target, or ``{"error": ...}`` with the compiler's last words.
+
+    ``more`` reads further figures off a compiled kernel.
+    """
     target, options = TARGETS[target_name], {name: configuration[name] for name in ("num_warps", "num_stages")}
     src = source(configuration)
-    key = json.dumps([src.hash(), target_name, options | OPTIONS, triton.__version__, reading()])
+    readers = [reading(), *([inspect.getsource(more)] if more else [])]
+    key = json.dumps([src.hash(), target_name, options | OPTIONS, triton.__version__, *readers])
     kept = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     if kept.exists():
         figures = json.loads(kept.read_text())
@@ -107,6 +112,7 @@ def figures_of(configuration: Configuration, target_name: str) -> Figures:
         except Exception as error:  # every way in which a compiler fails is a row of the table
             return {"error": f"{type(error).__name__}: {error}".strip().splitlines()[-1]}
         figures = read_amdgcn(kernel) if target.gpu.backend == "hip" else read_cubin(kernel)
+        figures |= more(kernel) if more else {}
         CACHE.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(figures))
