@@ -37,6 +37,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockwise, "BAND_ROWS", 5)
     monkeypatch.setattr(flash, "BLOCK_ROWS", 7)
     monkeypatch.setattr(flash, "MASK_SIZE", 200)
+    monkeypatch.setattr(flash, "ALONE", 1)
 
 
 def draw(B=2, N=4, M=2, Q=33, K=40, D=8, E=8, dtype=torch.float64, bias=None, mask=None) -> Inputs:
@@ -475,7 +476,12 @@ def test_flash_serves_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.clear()
         ours(x, cotangents(x), **options)
         assert set(calls) == {"_forward", "_backward"}
-    for options in ({"softcap": 5.0}, {"dropout_p": 0.1}, {"weights": "each"}):
+    for options in ({"softcap": 5.0}, {"dropout_p": 0.1}):
         calls.clear()
         ours(x, cotangents(x, **options), **options)
         assert not calls
+    # Weights that were returned have no part in the gradient of the output.
+    for kinds, expected in (("out", ["_backward"]), ("out weights", [])):
+        calls.clear()
+        ours(x, cotangents(x, kinds, weights="mean"), weights="mean")
+        assert calls == expected

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import fastseq
 from fastseq.functional import scaled_dot_product_attention
 from fastseq.ops import native
+from fastseq.reference.attention import band
 
 B, N, Q, K, D = 2, 2, 5, 6, 3
 SHOWN = torch.rand(B, 1, Q, K, generator=torch.Generator().manual_seed(3)) < 0.6
@@ -108,7 +109,10 @@ def test_nan_reaches_only_who_sees_it(name: str, where: int) -> None:
     """A row of NaN: queries that it is hidden from, and keys that only such queries see, have what they had."""
     mask, is_causal = ARGUMENTS[name]
     visible = torch.ones(B, N, Q, K, dtype=torch.bool) if mask is None else mask.expand(B, N, Q, K)
-    visible = visible.tril() if is_causal else visible
+    check_nan(attend(name), visible.tril() if is_causal else visible, where)
+
+
+def check_nan(run: Any, visible: Tensor, where: int) -> None:
     hidden_from_some = ~visible.flatten(0, 2).all(0)
     row = 2 if where in (0, 3) else int(hidden_from_some.nonzero()[-1])
     spoiled = torch.zeros(B, N, Q, dtype=torch.bool)
@@ -118,10 +122,10 @@ def test_nan_reaches_only_who_sees_it(name: str, where: int) -> None:
         spoiled = visible[..., row]
     untouched = ~(visible & spoiled[..., None]).any(2)  # keys
     args, dout = inputs(), torch.randn(B, N, Q, D, dtype=torch.double)
-    clean = attend(name)(*args)
+    clean = run(*args)
     expected = [clean, *torch.autograd.grad(clean, args, dout)]
     (args[where].data if where < 3 else dout)[:, :, row] = torch.nan
-    out = attend(name)(*args)
+    out = run(*args)
     found = [out, *torch.autograd.grad(out, args, dout)]
     alike = [~spoiled, ~spoiled, untouched, untouched]
     for mine, theirs, same in zip(found, expected, alike, strict=True):
@@ -131,6 +135,63 @@ def test_nan_reaches_only_who_sees_it(name: str, where: int) -> None:
         assert_close(found[0], expected[0])
     elif where > 0:  # of a query that is NaN, and fewer keys than a vector holds, ATen's kernel makes 0
         assert found[0][spoiled].isnan().all()
+
+
+KEYS = SHOWN[:, :, :1]
+BEYOND: dict[str, dict[str, Any]] = {
+    "window": {"window": 1},
+    "to the left": {"window": (1, -1)},
+    "lower right": {"causal": "lower_right"},
+    "window and keys": {"window": 1, "attn_mask": KEYS},
+    "window and bias": {"window": (2, 1), "bias": ADDED},
+    "bias": {"bias": ADDED},
+    "bias and keys": {"bias": ADDED, "attn_mask": KEYS},
+    "bias, dense and causal": {"bias": ADDED, "attn_mask": SHOWN, "is_causal": True},
+    "bias and float": {"bias": ADDED, "attn_mask": ADDED.square()},
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_masks_beyond_pytorchs_are_still_its_own_node(name: str) -> None:
+    args, keywords = inputs(), BEYOND[name]
+    out = scaled_dot_product_attention(*args, **keywords)
+    assert out.grad_fn.name() == "ScaledDotProductFlashAttentionForCpuBackward0"
+    found = [out]
+    with fastseq.use("reference"):
+        expected = [scaled_dot_product_attention(*args, **keywords)]
+    for _ in range(2):
+        for each in (found, expected):
+            each[:] = [each[0], *torch.autograd.grad(sum(t.sin().sum() for t in each), args, create_graph=True)]
+        assert_close(found, expected)
+
+
+@pytest.mark.parametrize("where", range(4), ids=["query", "key", "value", "output gradient"])
+@pytest.mark.parametrize("name", [name for name in BEYOND if name not in ("bias", "bias and float")])
+def test_nan_behind_masks_beyond_pytorchs(name: str, where: int) -> None:
+    keywords = BEYOND[name]
+    window, lower_right = keywords.get("window", (-1, -1)), "is_causal" not in keywords
+    left, right = (window, window) if isinstance(window, int) else window
+    right = 0 if {"causal", "is_causal"} & set(keywords) else right
+    visible = band(Q, K, left, right, lower_right, torch.device("cpu")) & keywords.get("attn_mask", torch.tensor(True))
+    check_nan(lambda *args: scaled_dot_product_attention(*args, **keywords), visible.expand(B, N, Q, K), where)
+
+
+def test_a_band_made_in_inference_mode_serves_training() -> None:
+    native._edges.cache_clear()
+    args = inputs()
+    with torch.inference_mode():
+        scaled_dot_product_attention(*args, window=1)
+    scaled_dot_product_attention(*args, window=1).sum().backward()
+    assert all(t.grad is not None for t in args)
+
+
+def test_large_masks_are_not_added_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "LARGEST", B * N * Q * K - 1)
+    args = inputs()
+    out = scaled_dot_product_attention(*args, KEYS, bias=ADDED)
+    assert "Flash" not in out.grad_fn.name(), "a graph would keep the sum"
+    with torch.no_grad():
+        assert_close(scaled_dot_product_attention(*args, KEYS, bias=ADDED), out)
 
 
 def test_rows_at_the_least_number_share_their_weight() -> None:
@@ -177,6 +238,6 @@ def test_large_results_of_half_precision_are_not_taken_for_nan(
     monkeypatch.setattr(native, "_anew", never)
     q, k = (torch.randn(1, 2, 64, 64, dtype=dtype, requires_grad=True) for _ in range(2))
     v = torch.full_like(q, 3e4).requires_grad_()
-    out = native.attention(q, k, v, None, True, None)
+    out = native.attention(q, k, v, None, None, (-1, 0, False), None)
     assert out is not None
     out.sum().backward()

@@ -27,6 +27,9 @@ class _Band(NamedTuple):
     lower_right: bool = False  # shift is K - Q rather than 0
 
 
+_ALL, _CAUSAL = _Band(), _Band(right=0)
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -98,19 +101,19 @@ def scaled_dot_product_attention(
     )
     # Whether a query sees every key, with its weight as it is: then PyTorch's operator has no promise left to break.
     whole = not ours and attn_mask is None and not dropout_p and not is_causal
-    if not ours:
-        way = _way(query, key, value, attn_mask, whole, bool(dropout_p), is_causal)
-        if way == "stock":
+    band = _band(is_causal, causal, window)
+    if softcap is None and not return_lse and not return_weights:  # no more than masks, which PyTorch's operator adds
+        way = _way(query, key, value, attn_mask, bias, whole, bool(dropout_p), is_causal)
+        if way == "stock" and not ours:
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         if way == "native":
-            out = native.attention(query, key, value, attn_mask, is_causal, scale)
+            out = native.attention(query, key, value, attn_mask, bias, band, scale)
             if out is not None:
                 return out
 
     weights = _weights(return_weights)
-    band = _band(is_causal, causal, window)
     _check(query, key, value, attn_mask, bias)
     _check_numbers(scale, dropout_p, softcap)
     query, key, value, attn_mask, bias = _autocast(query, key, value, attn_mask, bias)
@@ -227,8 +230,8 @@ def choose_attention(query: Tensor, value: Tensor, beyond: bool) -> Choice:
 # ----------------------------------------------------------------------------------------------- below the face
 
 
-def _way(query: Any, key: Any, value: Any, mask: Any, whole: bool, drops: bool, is_causal: bool) -> str:
-    """How a call of torch's own arguments gets around an operator of ours: "stock", "native" or, where not, "".
+def _way(query: Any, key: Any, value: Any, mask: Any, bias: Any, whole: bool, drops: bool, is_causal: bool) -> str:
+    """How a call of little more than torch's own arguments gets around an operator of ours: "stock", "native" or "".
 
     Straight code: on small tensors it is a good part of the time that a call takes.
     """
@@ -237,6 +240,7 @@ def _way(query: Any, key: Any, value: Any, mask: Any, whole: bool, drops: bool, 
         and type(key) in _PLAIN_TYPES
         and type(value) in _PLAIN_TYPES
         and (mask is None or type(mask) in _PLAIN_TYPES)
+        and (bias is None or type(bias) in _PLAIN_TYPES)
     )
     if torch.compiler.is_compiling():
         return "stock" if whole and not implementation.named else ""
@@ -251,6 +255,7 @@ def _way(query: Any, key: Any, value: Any, mask: Any, whole: bool, drops: bool, 
     if whole and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)):
         return "stock"
     on_cpu = query.is_cpu and key.is_cpu and value.is_cpu and (mask is None or mask.is_cpu)
+    on_cpu = on_cpu and (bias is None or bias.is_cpu)
     return "native" if on_cpu and not drops and not torch.is_autocast_enabled("cpu") else ""
 
 
@@ -404,6 +409,8 @@ def _broadcastable(name: str, t: Tensor, scores: tuple[int, ...], of_query: int,
 
 
 def _band(is_causal: bool, causal: str | None, window: int | tuple[int, int] | None) -> _Band:
+    if causal is None and window is None:
+        return _CAUSAL if is_causal else _ALL
     if causal not in (None, "upper_left", "lower_right"):
         raise ValueError(f"causal: expected 'upper_left', 'lower_right' or None, got {causal!r}")
     left, right = -1, -1

@@ -85,7 +85,9 @@ def attention_backward(
     bias_gradient: bool,
 ) -> Backward:
     """Gradients of query, key, value and bias (in its own shape; None unless ``bias_gradient``)."""
-    call = Call(query, key, value, bias, mask, seed, 0, scale, left, right, lower_right, softcap, dropout_p, weights)
+    call = Call(query, key, value, bias, mask, seed, 0, scale, left, right, lower_right, softcap, dropout_p, "")
+    if dweights is not None and weights == "mean":
+        dweights = dweights[:, None]
     if cu_q is None or cu_k is None:
         return call.backward(dout, dlse, dweights, out, lse, bias_gradient)
     gradients = _zeros(query), _zeros(key), _zeros(value)
@@ -122,6 +124,10 @@ class Tile:
     @property
     def queries(self) -> tuple[slice, slice, slice]:
         return self.batches, self.heads, self.rows
+
+    def of_keys(self, group: int) -> tuple[slice, slice, slice]:
+        """Where its keys and values are, each head of which ``group`` heads of queries share."""
+        return self.batches, slice(self.heads.start // group, self.heads.stop // group), self.keys
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -175,9 +181,9 @@ class Call:
         lse: Tensor,
         bias_gradient: bool,
     ) -> Backward:
-        simple = not (self.nothing or bias_gradient) and dlse is None
+        simple = not (self.nothing or bias_gradient) and dlse is None and dweights is None
         # With the least number in a bias the log-sum-exp cannot hold the sum beside it; tiles do not go by it.
-        if simple and dout is not None and flash.serves(self) and not (self.bias is not None and _far(lse)):
+        if simple and dout is not None and flash.serves(self) and not (self.bias is not None and flash.far(lse)):
             found: Backward = (*flash.backward(self, dout, out, lse), None)
         else:
             found = self._backward(dout, dlse, dweights, lse, bias_gradient)
@@ -203,12 +209,7 @@ class Call:
 
     @cached_property
     def band(self) -> tuple[int, int, int]:
-        """``left``, ``right`` and ``shift``, with a side that limits no query of this call not limiting."""
-        Q, K = self.query.shape[2], self.key.shape[2]
-        shift = K - Q if self.lower_right else 0
-        left = -1 if self.left >= Q - 1 + shift else self.left
-        right = -1 if self.right >= K - 1 - shift else self.right
-        return left, right, shift
+        return flash.limits(self.query.shape[2], self.key.shape[2], self.left, self.right, self.lower_right)
 
     @cached_property
     def hides(self) -> bool:
@@ -217,17 +218,13 @@ class Call:
     @cached_property
     def key_mask(self) -> Tensor | None:
         """The mask as it is added, where it is the same for all queries."""
-        return self.additive(self.mask) if self.mask is not None and self.mask.shape[2] == 1 else None
+        return flash.additive(self.mask, self.wide) if self.mask is not None and self.mask.shape[2] == 1 else None
 
     @property
     def mask_planes(self) -> tuple[int, int]:
         """Batches and heads that do not share what is added to the scores."""
         shapes = [t.shape for t in (self.mask, self.bias) if t is not None]
         return max([1, *(s[0] for s in shapes)]), max([1, *(s[1] for s in shapes)])
-
-    def additive(self, mask: Tensor) -> Tensor:
-        """A mask as it is added: 0 and -inf."""
-        return torch.zeros_like(mask, dtype=self.wide).masked_fill_(~mask, -torch.inf)
 
     def blank(self) -> Forward:
         """The results of queries that see nothing: what no tile writes stays like this."""
@@ -254,7 +251,10 @@ class Call:
         elif left >= 0 or right >= 0:
             rows = max(BAND_ROWS, Q // 8)
         together = N if self.weights == "mean" else group  # the fewest heads of a tile
-        rows = min(Q, rows, max(FEWEST_ROWS, TILE // (together * span)))
+        fewest = FEWEST_ROWS
+        if together > group:  # better a tile that leaves that cache than one of few rows
+            fewest = max(FEWEST_ROWS, min(4 * FEWEST_ROWS, 8 * TILE // (together * span)))
+        rows = min(Q, rows, max(fewest, TILE // (together * span)))
         rows = math.ceil(Q / math.ceil(Q / rows))
         if left >= 0 and right >= 0:
             span = min(K, rows + left + right)
@@ -277,13 +277,15 @@ class Call:
         """Batches, key heads and query heads of a tile, with their keys and values ``[b * m, K, D]``."""
         B, M = self.key.shape[:2]
         group = self.query.shape[1] // M
-        batches, kv_heads, _, _ = self._steps
+        batches, kv_heads, rows, _ = self._steps
         if any(t.stride(0) != M * t.stride(1) for t in (self.key, self.value)):
             batches = 1  # else keys and values would be copied to stand below each other
         for b in range(0, B, batches):
             for m in range(0, M, kv_heads):
                 part = slice(b, min(b + batches, B)), slice(m, min(m + kv_heads, M))
                 key, value = (self._operand(t[part].flatten(0, 1)) for t in (self.key, self.value))
+                if 4 * rows <= self.query.shape[2]:
+                    key, value = key.contiguous(), value.contiguous()
                 yield *part, slice(part[1].start * group, part[1].stop * group), key, value
 
     # What a tile is computed from.
@@ -297,8 +299,10 @@ class Call:
         rows = self._operand(x[tile.queries].reshape(pairs, -1, x.shape[3]))
         return rows if scale == 1.0 else rows * scale
 
-    def _scores(self, tile: Tile, query: Tensor, key: Tensor, space: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The scores ``[b * m, G * rows, keys]``, hidden ones -inf; and the tanh of the cap."""
+    def _scores(
+        self, tile: Tile, query: Tensor, key: Tensor, space: Tensor, bends: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The scores ``[b * m, G * rows, keys]`` in space, hidden ones -inf; and the tanh of the cap, in bends."""
         shape = *query.shape[:2], key.shape[1]
         scores = space[: math.prod(shape)].view(shape)
         # The scale after the sum, as formulas have it: a query scaled before would be rounded once more, in each term.
@@ -308,8 +312,8 @@ class Call:
             scores.view(tile.shape).masked_fill_(bad, torch.nan)
         bent = None
         if self.softcap:
-            bent = scores.tanh_()
-            scores = bent * self.softcap
+            bent = scores.tanh_() if bends is None else torch.tanh(scores, out=bends[: scores.numel()].view(shape))
+            torch.mul(bent, self.softcap, out=scores)
         self.hide(scores.view(tile.shape), tile)
         return scores, bent
 
@@ -323,7 +327,8 @@ class Call:
         if self.bias is not None:
             scores.add_(tile.of(self.bias))
         if self.mask is not None:
-            scores.add_(self.additive(tile.of(self.mask)) if self.key_mask is None else tile.of(self.key_mask))
+            key_mask = self.key_mask
+            scores.add_(flash.additive(tile.of(self.mask), self.wide) if key_mask is None else tile.of(key_mask))
         # Only the edges of a band cost something: in between, all the tile's queries see the key.
         left, right, shift = self.band
         rows, keys = tile.shape[2:]
@@ -391,7 +396,7 @@ class Call:
         for batches, _, heads, key, value in self._pieces():
             for tile in self.tiles(batches, heads, rows):
                 query = self._rows(self.query, tile, key.shape[0], 1.0)
-                p, _ = self._scores(tile, query, key[:, tile.keys], space)
+                p, _ = self._scores(tile, query, key[:, tile.keys], space, None)
                 most = p.amax(-1, keepdim=True)
                 torch.softmax(p, -1, out=p)
                 # The largest weight is exp(largest score - log-sum-exp).
@@ -427,30 +432,32 @@ class Call:
     def _backward(
         self, dout: Tensor | None, dlse: Tensor | None, dweights: Tensor | None, lse: Tensor, bias_gradient: bool
     ) -> Backward:
-        dquery, dkey, dvalue = _zeros(self.query), _zeros(self.key), _zeros(self.value)
-        dbias = None
+        dquery, dbias = _zeros(self.query), None
         if bias_gradient:
             assert self.bias is not None
             dbias = self.bias.new_zeros(self.bias.shape, dtype=self.wide)
         if self.nothing:
-            return dquery, dkey, dvalue, _to(dbias, self.bias)
+            return dquery, _zeros(self.key), _zeros(self.value), _to(dbias, self.bias)
         if dout is None:
             dout = self.query.new_zeros(()).expand(*self.query.shape[:3], self.value.shape[3])
-        share = self._kept
-        if dweights is not None and self.weights == "mean":
-            dweights, share = dweights[:, None], share / self.query.shape[1]
         some_empty = self.hides and bool((lse == -torch.inf).any())
         *_, rows, size = self._steps
-        space, dspace = (self.query.new_empty(size, dtype=self.wide) for _ in range(2))
+        space, dspace, bends = (self.query.new_empty(size, dtype=self.wide) for _ in range(3))
+        # Sums over tiles are lying, [B, M, D, K]: a product with transposed scores takes up to half as long again.
+        lying = rows < self.query.shape[2]
+        dkey, dvalue = (
+            t.new_zeros(t.mT.shape, dtype=self.wide) if lying else _zeros(t) for t in (self.key, self.value)
+        )
         for batches, kv_heads, heads, key, value in self._pieces():
-            dk, dv = torch.zeros_like(key), torch.zeros_like(value)
             for tile in self.tiles(batches, heads, rows):
+                k = tile.keys
+                part = (batches, kv_heads, slice(None), k) if lying else (batches, kv_heads, k)
                 query = self._rows(self.query, tile, key.shape[0], 1.0)
                 upper = self._rows(dout, tile, key.shape[0], self._kept)
-                p, bent = self._scores(tile, query, key[:, tile.keys], space)
+                p, bent = self._scores(tile, query, key[:, k], space, bends)
                 torch.softmax(p, -1, out=p)
                 # The gradient of the weights, then of the softmax, then of the cap: one tile that changes its meaning.
-                d = torch.bmm(upper, value[:, tile.keys].mT, out=dspace[: p.numel()].view(p.shape))
+                d = torch.bmm(upper, value[:, k].mT, out=dspace[: p.numel()].view(p.shape))
                 table, dtable = p.view(tile.shape), d.view(tile.shape)
                 empty = (lse[tile.queries] == -torch.inf)[..., None] if some_empty else None
                 hidden = None
@@ -460,7 +467,8 @@ class Call:
                 elif empty is not None:
                     table.masked_fill_(empty, 0.0)
                 if dweights is not None:
-                    dtable.add_(tile.of(dweights), alpha=share)
+                    # One head for all, where they are of the mean.
+                    dtable.add_(tile.of(dweights), alpha=self._kept * dweights.shape[1] / self.query.shape[1])
                 if hidden is not None:
                     bad = self._bad(self.value, tile, False) | self._bad(dout, tile, True)
                     table.masked_fill_(hidden, 0.0)
@@ -476,21 +484,36 @@ class Call:
                 if hidden is not None:
                     table.masked_fill_(self._bad(dout, tile, True) & ~hidden, torch.nan)
                     dtable.masked_fill_(hidden, 0.0)
-                # A sum per tile, and then the sums' sum: one long chain of additions would round several times as much.
-                dv[:, tile.keys] += torch.bmm(p.mT, upper)
+                _gather(dvalue[part], p, upper, 1.0, lying)
                 if dbias is not None:
-                    part = tile.of(dbias)
-                    part += dtable.sum_to_size(part.shape)
+                    where = tile.of(dbias)
+                    where += dtable.sum_to_size(where.shape)
                 if bent is not None:
                     d *= bent.square_().neg_().add_(1.0).mul_(self.softcap)
                     if hidden is not None:
                         dtable.masked_fill_(hidden, 0.0)
-                dk[:, tile.keys] += torch.bmm(d.mT, query)
-                dquery[tile.queries] = torch.bmm(d, key[:, tile.keys]).mul_(self._inner_scale).view(*tile.shape[:3], -1)
-            dk *= self._inner_scale
-            for whole, found in ((dkey, dk), (dvalue, dv)):
-                whole[batches, kv_heads] = found.view(-1, kv_heads.stop - kv_heads.start, *found.shape[1:])
+                _gather(dkey[part], d, query, self._inner_scale, lying)
+                dquery[tile.queries] = torch.bmm(d, key[:, k]).mul_(self._inner_scale).view(*tile.shape[:3], -1)
+        if lying:
+            dkey, dvalue = _standing(dkey).to(self.key.dtype), _standing(dvalue).to(self.value.dtype)
         return dquery, dkey, dvalue, _to(dbias, self.bias)
+
+
+def _gather(total: Tensor, scores: Tensor, queries: Tensor, scale: float, lying: bool) -> None:
+    """Bring a tile's products of scores and queries to the gradients of its keys, where it adds or is alone."""
+    if lying:
+        total.view(-1, *total.shape[2:]).baddbmm_(queries.mT, scores, alpha=scale)
+    else:
+        total.copy_(torch.bmm(scores.mT, queries).mul_(scale).view(total.shape))
+
+
+def _standing(lying: Tensor) -> Tensor:
+    """``[B, M, D, K]`` as ``[B, M, K, D]`` in the memory of ``[B, K, M, D]``."""
+    B, M, D, K = lying.shape
+    turned = lying.new_empty(B, K, M * D)
+    for one, other in zip(turned, lying, strict=True):
+        one.copy_(other.view(M * D, K).mT)  # of two dimensions, which torch turns several times faster than three
+    return turned.view(B, K, M, D).transpose(1, 2)
 
 
 def _to(x: Tensor | None, like: Tensor | None) -> Tensor | None:
@@ -502,10 +525,6 @@ def _drop(table: Tensor, keep: Tensor) -> None:
     if table.dtype == torch.float32:
         table = table.view(torch.int32)
     table.mul_(keep)
-
-
-def _far(lse: Tensor) -> bool:
-    return bool(((lse < -1e4) & (lse != -torch.inf)).any())
 
 
 def _finite_sum(x: Tensor) -> bool:
