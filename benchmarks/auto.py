@@ -1,7 +1,8 @@
 """Is ``auto`` never slower than torch on this CPU? ``python benchmarks/auto.py``: table, JSON, exit code.
 
 ``auto.py recurrent``: B 1, 16, 64, T 32, 128, H 64, 256, 512, in inference and training, and single steps of the
-cells, beside torch.nn. ``auto.py attention``: the function with every feature, beside what a torch user writes for
+cells, beside torch.nn. ``auto.py training``: GRU and RNN in training over a finer grid, and ``lengths=`` beside
+PackedSequence. ``auto.py attention``: the function with every feature, beside what a torch user writes for
 the same (``attention_ways.py``), decoding, MultiheadAttention and TransformerEncoderLayer. The speed of ``auto``
 (torch's time over ours, the median over interleaved rounds) must be at least 0.97.
 
@@ -31,7 +32,7 @@ import measure
 import recurrent_cases
 import torch
 from attention_cases import Attention
-from contest import Case
+from contest import MODES, Case
 
 from fastseq import stopwatch
 
@@ -63,6 +64,21 @@ def recurrent() -> Suite:
     return Suite((*steps, *calls, *layers), 7, "auto beside torch.nn on the CPU", "auto", names)
 
 
+def training() -> Suite:
+    """The numbers of ``fastseq/ops/crossover.py``: training of GRU and RNN, and lengths beside packing."""
+    sizes = {"B": (1, 4, 16, 64), "T": (32, 128), "H": (64, 128, 256, 512)}
+    layers = recurrent_cases.grid("layer", ("rnn", "relu", "gru"), ("train",), **sizes)
+    lengths = recurrent_cases.grid("lengths", ("lstm",), ("train",), **sizes | {"B": (4, 16, 64)})
+    shorter = recurrent_cases.grid("lengths", ("lstm", "gru"), **sizes | {"B": (16, 64), "H": (128,)})
+    stacks = tuple(
+        recurrent_cases.Recurrent("layer", cell, 16, 128, 128, mode="train", layers=layers, directions=directions)
+        for cell in ("rnn", "gru")
+        for layers, directions in ((2, 1), (1, 2))
+    )
+    cases = dict.fromkeys((*layers, *stacks, *lengths, *shorter))
+    return Suite(tuple(cases), 10, "training in place and lengths, beside torch.nn on the CPU", "training")
+
+
 def attention() -> Suite:
     grid = attention_cases.grid
     bert = ((1, 12, 128, 64), (8, 12, 128, 64), (32, 12, 128, 64), (1, 12, 512, 64), (8, 12, 512, 64))
@@ -92,7 +108,7 @@ def attention() -> Suite:
     )
 
 
-SUITES = {"recurrent": recurrent, "attention": attention}
+SUITES = {"recurrent": recurrent, "training": training, "attention": attention}
 
 
 def main() -> int:
@@ -199,9 +215,10 @@ def _finish(
 
 
 def _geometric_means(rows: list[Row]) -> dict[str, tuple[float, int]]:
-    """Of the speed over all cases, and over those where torch holds all scores; with the number of cases."""
+    """Of the speed over all cases, each kind, and those where torch holds all scores; with the number of cases."""
     groups = {
         "all": rows,
+        **{kind: [row for row in rows if _kind(row) == kind] for kind in sorted({_kind(row) for row in rows})},
         "where torch falls to the math path": [row for row in rows if row.get("torch_runs") in ("math", "formula")],
     }
     return {
@@ -209,6 +226,11 @@ def _geometric_means(rows: list[Row]) -> dict[str, tuple[float, int]]:
         for title, members in groups.items()
         if members
     }
+
+
+def _kind(row: Row) -> str:
+    words = row["name"].split("-")
+    return " ".join((*words[:2], *(mode for mode in MODES if mode in words)))
 
 
 def _speed(row: Row, side: str) -> float:
@@ -240,7 +262,7 @@ def _options() -> argparse.Namespace:
     add = parser.add_argument
     add("suite", nargs="?", choices=tuple(SUITES), default="recurrent", help="default: %(default)s")
     add("--threads", type=int, default=torch.get_num_threads(), help="torch's threads (default: its own)")
-    add("--minutes", type=float, help="no repeats are begun after this (default: 7, attention 20)")
+    add("--minutes", type=float, help="no repeats are begun after this (default: 7, training 10, attention 20)")
     add("--only", default="", metavar="TEXT", help="cases whose name contains this; no JSON without --output")
     add("--output", metavar="FOLDER", help="of the JSON; default benchmarks/results/<device>")
     return parser.parse_args()

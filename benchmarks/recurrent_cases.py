@@ -1,9 +1,10 @@
-"""The cases of the recurrent benchmarks: layers, single steps of cells, and resets, against torch.nn.
+"""The cases of the recurrent benchmarks: layers, single steps of cells, lengths and resets, against torch.nn.
 
 Letters: T time, B batch, H hidden and input width.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -13,17 +14,18 @@ import torch
 import workarounds
 from contest import MODES, Contest, Tensors, flat, implementations_of, random
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastseq
 
-GATES = {"rnn": 1, "lstm": 4, "gru": 3}
-CELLS = tuple(GATES)
-_LAYERS = {"rnn": "RNN", "lstm": "LSTM", "gru": "GRU"}
+GATES = {"rnn": 1, "relu": 1, "lstm": 4, "gru": 3}
+CELLS = ("rnn", "lstm", "gru")
+_LAYERS = {"rnn": "RNN", "relu": "RNN", "lstm": "LSTM", "gru": "GRU"}
 
 
 @dataclass(frozen=True)
 class Recurrent:
-    """One benchmark: ``kind`` is ``layer``, ``step`` (a single step of a cell) or ``reset``."""
+    """One benchmark: ``kind`` is ``layer``, ``step`` (a single step of a cell), ``lengths`` or ``reset``."""
 
     kind: str
     cell: str
@@ -74,12 +76,13 @@ class Recurrent:
         return frozenset({self.cell})
 
     def compiled(self) -> "Recurrent":
-        return replace(self, kind="layer" if self.kind == "reset" else self.kind, T=min(self.T, 2))
+        return replace(self, kind="step" if self.kind == "step" else "layer", T=min(self.T, 2))
 
     def contest(self, device: str = "cpu", implementations: tuple[str, ...] = ("auto",)) -> Contest:
         """Torch's side, and ours once per implementation (``auto`` is called ``fastseq``)."""
         torch.manual_seed(self.H + self.B)
-        return {"layer": _layer, "step": _step, "reset": _reset}[self.kind](self, device, implementations)
+        build = {"layer": _layer, "step": _step, "lengths": _lengths, "reset": _reset}[self.kind]
+        return build(self, device, implementations)
 
 
 def _modules(case: Recurrent, device: str, suffix: str = "", **options: Any) -> tuple[nn.Module, nn.Module]:
@@ -89,6 +92,7 @@ def _modules(case: Recurrent, device: str, suffix: str = "", **options: Any) -> 
     the other. On a CPU such a copy alone made the same step take 1.8 times as long.
     """
     name, dtype = _LAYERS[case.cell] + suffix, getattr(torch, case.dtype)
+    options |= {"nonlinearity": "relu"} if case.cell == "relu" else {}
     theirs = getattr(nn, name)(case.H, case.H, **options).to(device, dtype)
     ours = getattr(fastseq, name)(case.H, case.H, **options).to(device, dtype)
     for key, parameter in theirs.named_parameters():
@@ -148,6 +152,55 @@ def _runner(case: Recurrent, module: nn.Module, inputs: tuple[Any, ...], dy: Ten
     return train
 
 
+def _train(run: Callable[..., Tensor], module: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], Any]:
+    """The output of ``run(module, x)``, and its gradients for the input and every parameter."""
+    x = x.detach().requires_grad_()
+    wanted = [x, *module.parameters()]
+
+    def train() -> Any:
+        y = run(module, x)
+        return y, torch.autograd.grad(y, wanted, dy)
+
+    return train
+
+
+def _lengths(case: Recurrent, device: str, implementations: tuple[str, ...]) -> Contest:
+    """``lengths=`` beside packing, as it is used: pack, run, pad. Lengths are drawn from 1 to T, one of them T."""
+    theirs, ours = _modules(case, device, num_layers=case.layers, bidirectional=case.directions > 1)
+    x = random(case.dtype, device, case.T, case.B, case.H)
+    dy = random(case.dtype, device, case.T, case.B, case.H * case.directions)
+    lengths = torch.randint(1, case.T + 1, (case.B,))
+    lengths[0] = case.T
+
+    def packed(module: nn.Module, x: Tensor) -> Tensor:
+        y, _ = module(pack_padded_sequence(x, lengths, enforce_sorted=False))
+        return pad_packed_sequence(y, total_length=case.T)[0]
+
+    def run(run: Callable[..., Tensor], module: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], Any]:
+        return _train(run, module, x, dy) if case.mode == "train" else lambda: run(module, x)
+
+    def exact() -> Tensors:
+        with torch.set_grad_enabled(case.mode == "train"):
+            return flat(run(packed, copy.deepcopy(theirs).double(), x.double(), dy.double())())
+
+    mine = implementations_of(run(lambda module, x: module(x, lengths=lengths)[0], ours, x, dy), implementations)
+    sides = {"torch": run(packed, theirs, x, dy), **mine}
+    return Contest(case, sides, exact, lambda: fastseq.explain(ours, x, lengths=lengths), tuple(mine))
+
+
+def reset_or_none(case: Recurrent) -> dict[str, Callable[[], Any]]:
+    """Our layer without resets and with them: what resets cost."""
+    torch.manual_seed(case.H + case.B)
+    _, ours = _modules(case, "cpu")
+    x, dy = (random(case.dtype, "cpu", case.T, case.B, case.H) for _ in range(2))
+    reset = torch.rand(case.T, case.B) < case.density
+    reset[case.T // 2, 0] = True
+    ways = {"none": lambda module, x: module(x)[0], "reset": lambda module, x: module(x, reset=reset)[0]}
+    if case.mode == "train":
+        return {name: _train(way, ours, x, dy) for name, way in ways.items()}
+    return {name: functools.partial(way, ours, x) for name, way in ways.items()}
+
+
 def _reset(case: Recurrent, device: str, implementations: tuple[str, ...]) -> Contest:
     """``reset=`` beside the ways around it; only the outputs count, so pad-and-split need not pack."""
     theirs, ours = _modules(case, device)
@@ -161,14 +214,7 @@ def _reset(case: Recurrent, device: str, implementations: tuple[str, ...]) -> Co
     def trained(run: Callable[..., Tensor], module: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], Any]:
         if case.mode == "forward":
             return lambda: run(module, x, reset)
-        x = x.detach().requires_grad_()
-        wanted = [x, *module.parameters()]
-
-        def train() -> Any:
-            y = run(module, x, reset)
-            return y, torch.autograd.grad(y, wanted, dy)
-
-        return train
+        return _train(lambda module, x: run(module, x, reset), module, x, dy)
 
     def exact() -> Tensors:
         with torch.set_grad_enabled(case.mode == "train"):
@@ -188,9 +234,11 @@ def _double(value: Any) -> Any:
     return tuple(_double(v) for v in value) if isinstance(value, tuple) else value.double()
 
 
-def grid(kind: str, cells: tuple[str, ...] = CELLS, **axes: tuple[Any, ...]) -> Iterator[Recurrent]:
+def grid(
+    kind: str, cells: tuple[str, ...] = CELLS, modes: tuple[str, ...] = MODES, **axes: tuple[Any, ...]
+) -> Iterator[Recurrent]:
     """Every combination of the axes, given as tuples of values; the last axis varies fastest."""
     names = list(axes)
     for cell, *values in product(cells, *axes.values()):
-        for mode in MODES:
+        for mode in modes:
             yield Recurrent(kind, cell, mode=mode, **dict(zip(names, values, strict=True)))

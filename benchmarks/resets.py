@@ -1,7 +1,8 @@
 """``reset=`` beside the ways around it, interleaved: ``python benchmarks/resets.py``, a minute or two on a CPU.
 
 The sides are those of ``test_resets.py`` (see ``workarounds.py``); what is compared is the output, and in
-training its gradients. ``speed`` is the workaround's time over ours: above 1 ``reset=`` is faster.
+training its gradients. ``speed`` is the workaround's time over ours: above 1 ``reset=`` is faster. ``cost`` is our time
+with resets over that without.
 """
 
 import argparse
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import measure
 import torch
-from recurrent_cases import Recurrent
+from recurrent_cases import Recurrent, reset_or_none
 
 from fastseq import stopwatch
 
@@ -30,7 +31,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows = []
     ceilings = measure.ceilings("cpu", ["float32"], options.threads)
-    print(f"{'case, p resets per step':<48}{'ours ms':>9}  speed beside pad_and_split, stretches, python_loop  (A/A)")
+    print(
+        f"{'case, p resets per step':<48}{'ours ms':>9}  speed beside pad_and_split, stretches, python_loop (A/A) cost"
+    )
     for case in CASES:
         contest = case.contest()
         choice = contest.explain()
@@ -40,11 +43,14 @@ def main() -> None:
         race = measure.time_sides(contest, rounds=100, least_s=1.5, least_rounds=5, threads=options.threads)
         ours, again = race.ratio("fastseq"), race.noise()
         beside = {side: race.ratio(side).median / ours.median for side in contest.sides if side != "fastseq"}
-        facts = {"implementation": choice.name, "why": choice.reason, "speed_beside": beside}
+        with contest.context():
+            pair = stopwatch.race(reset_or_none(case), rounds=100, budget_s=1.0, threads=options.threads)
+        cost = pair.ratio("reset").median
+        facts = {"implementation": choice.name, "why": choice.reason, "speed_beside": beside, "cost": pair.record()}
         rows.append(measure.row(contest, race, ceilings, **facts))
         speeds = "".join(f"{speed:>9.2f}" for speed in beside.values())
         same = 1 / again.median if again else 1.0
-        print(f"{case.name:<48}{race.time('fastseq').median:>9.2f}{speeds}  ({same:.3f})", flush=True)
+        print(f"{case.name:<48}{race.time('fastseq').median:>9.2f}{speeds}  ({same:.3f}){cost:>6.2f}", flush=True)
     provenance = stopwatch.provenance("cpu") | {"threads": options.threads}
     results = Path(__file__).parent / "results" / measure.slug(str(provenance["device"]))
     folder = Path(options.output or results)

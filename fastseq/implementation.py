@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")
 
@@ -157,6 +159,20 @@ def attention_refusal(query: Tensor, value: Tensor) -> str | None:
 def gpu(tensor: Tensor) -> bool:
     """Whether the tensor lives where our kernels are compiled for: CUDA, or ROCm under the same name."""
     return tensor.device.type == "cuda"
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation looks on; costs a tenth of a microsecond."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def transforms() -> tuple[bool, bool]:
+    """Whether torch.func maps here over examples, and whether forward mode differentiates."""
+    forward = forward_ad._current_level >= 0
+    if not torch._C._are_functorch_transforms_active():
+        return False, forward
+    kinds = [interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or ()]
+    return TransformType.Vmap in kinds, forward or TransformType.Jvp in kinds
 
 
 def _explain_default(*args: Any, **kwargs: Any) -> Choice:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastseq
 from fastseq import implementation
+from fastseq.kernels import limits
 from fastseq.kernels.recurrent import cell as cell_kernels
 from fastseq.kernels.recurrent import plan
 from fastseq.kernels.recurrent import sequence as sequence_kernels
@@ -293,12 +294,22 @@ def test_explain_on_the_cpu() -> None:
     x, rnn, cell = torch.randn(B, T, I), fastseq.LSTM(I, H, batch_first=True), fastseq.GRUCell(I, H)
     reset, plain = torch.zeros(B, T, dtype=torch.bool), "torch: on the CPU PyTorch's own operator is the fastest"
     loops = "torch: on the CPU, a loop over time in PyTorch"
+    held = "torch: on the CPU, PyTorch's own operator with gates held open or shut"
+    in_place = "torch: on the CPU, a loop over time that works in place"
+    gru, long = fastseq.GRU(I, H, batch_first=True), torch.randn(B, 32, I)
     with Watch():
         assert str(fastseq.explain(rnn, x)) == plain
         assert str(fastseq.explain(rnn, x[0])) == plain
         assert str(fastseq.explain(cell, x[0], reset=reset[0])) == plain
-        assert str(fastseq.explain(rnn, x, reset=reset)) == loops
-        assert str(fastseq.explain(rnn, x, lengths=reset)) == loops
+        assert str(fastseq.explain(rnn, x, reset=reset)) == held
+        assert str(fastseq.explain(rnn, x, lengths=reset)) == held
+        assert str(fastseq.explain(gru, x, reset=reset)) == in_place
+        assert str(fastseq.explain(gru, x)) == plain
+        assert str(fastseq.explain(gru, long)) == in_place
+        with torch.no_grad():
+            assert str(fastseq.explain(gru, long)) == plain
+        with fastseq.use("torch"):
+            assert str(fastseq.explain(gru, long)) == "torch: asked for by use('torch')"
         assert str(fastseq.explain(rnn, x, return_cells=True)) == loops
         assert str(fastseq.explain(rnn, x, recompute=True)) == loops
         with fastseq.use("reference"):
@@ -312,7 +323,8 @@ def test_explain_on_the_cpu() -> None:
 def test_explain_refuses_as_the_call_does(monkeypatch: pytest.MonkeyPatch) -> None:
     rnn, x = fastseq.RNN(I, H, bias=False), torch.randn(T, B, I)
     with fastseq.use("triton"):
-        assert str(fastseq.explain(rnn, x)) == "triton: asked for by use('triton')"
+        said = "triton: asked for by use('triton'); resident: the weight of rnn_tanh at hidden size 5 in float32 stays"
+        assert str(fastseq.explain(rnn, x)).startswith(said)
         monkeypatch.setattr(plan, "INTERPRETED", False)
         with pytest.raises(fastseq.Unsupported, match="TRITON_INTERPRET=1") as explained:
             fastseq.explain(rnn, x)
@@ -326,9 +338,14 @@ def test_explain_knows_only_our_modules() -> None:
         fastseq.explain(torch.nn.LSTM(I, H), torch.randn(T, B, I))
 
 
+def a_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(limits, "limits", lambda device: limits.LIMITS["sm_90"])
+
+
 def test_explain_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without memory on a device nobody has: the choice reads nothing but their types and sizes."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    a_hopper(monkeypatch)
     rnn = fastseq.LSTM(I, H)
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(T, B, I, device="cuda")
@@ -348,11 +365,11 @@ def test_explain_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_explain_counts_steps_and_not_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuDNN fails beyond 65,535 steps, however many rows there are."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    a_hopper(monkeypatch)
     batch_first, rnn = fastseq.GRU(I, H, batch_first=True), fastseq.GRU(I, H)
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(70_000, 2, I, device="cuda")
-        assert fastseq.explain(rnn, x).reason == "cuDNN fails beyond 65535 steps"
+        assert fastseq.explain(rnn, x).reason.startswith("cuDNN fails beyond 65535 steps; resident: ")
         assert fastseq.explain(batch_first, torch.empty(70_000, I, device="cuda")).name == "triton"
         assert fastseq.explain(batch_first, x).name == "torch"
         data = torch.empty(70_000, I, device="cuda")

@@ -274,13 +274,13 @@ def operator_arguments(name: str, full: bool) -> tuple[Any, ...]:
     weights = [draw(D, cell.gates * H, I), draw(D, cell.gates * H, P)]
     weights += [draw(D, cell.gates * H) for _ in range(2)] if full else [None, None]
     weights.append(draw(D, P, H) if P != H else None)
-    states = draw(D, B, P), draw(D, B, H) if cell.states == 2 else None
+    states = draw(D, B, P), draw(D, B, H) if cell.cells == 1 else None
     masks = (torch.rand(T, B) < 0.3, torch.tensor([2, 1, 0])) if full else (None, None)
-    return (draw(T, B, I), *weights, *states, *masks)
+    return (draw(T, B, I), *weights, *states, None, None, None, *masks)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["bare", "full"])
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", SAVED)
 def test_layer_operators_keep_the_rules(name: str, full: bool) -> None:
     args, keep = operator_arguments(name, full), "cells" if full else "gates"
     opcheck(RECURRENT, (name, *args, keep, "torch"))
@@ -289,22 +289,27 @@ def test_layer_operators_keep_the_rules(name: str, full: bool) -> None:
     # Tracing the gradient of this gradient takes seconds, a loop with twice the nodes at every turn; once will do.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     tests += ("test_aot_dispatch_dynamic",) if (name, full) == ("gru", False) else ()
-    opcheck(RECURRENT_BACKWARD, (name, *cotangents, *args, *found, "torch"), test_utils=tests)
+    opcheck(RECURRENT_BACKWARD, (name, *cotangents, *args, *found, None, "torch"), test_utils=tests)
+    for samples in (0, 3):  # no gradients of weights, or those of every row
+        opcheck(RECURRENT_BACKWARD, (name, *cotangents, *args, *found, samples, "torch"), test_utils=tests[:3])
     without = tuple(None if t is None else t.detach() for t in args)
     opcheck(RECURRENT, (name, *without, "nothing", ""))
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["bare", "full"])
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", SAVED)
 def test_step_operators_keep_the_rules(name: str, full: bool) -> None:
     B, GH = 3, CELLS[name].gates * H
-    states = draw(B, H), draw(B, H) if CELLS[name].states == 2 else None
+    states = draw(B, H), draw(B, H) if CELLS[name].cells == 1 else None
     args = draw(B, I), *states, draw(GH, I), draw(GH, H), *((draw(GH), draw(GH)) if full else (None, None))
     opcheck(STEP, (name, *args, "gates", "torch"))
     found = [t.detach() for t in STEP(name, *args, "gates", "torch")]
     assert found[2].shape == (B, SAVED[name], H)
     cotangents = [torch.randn_like(t) if t.numel() else None for t in found[:2]]
-    opcheck(STEP_BACKWARD, (name, *cotangents, *args, *found, "torch"))
+    opcheck(STEP_BACKWARD, (name, *cotangents, *args, *found, None, "torch"))
+    for samples in (0, 3):
+        arguments = (name, *cotangents, *args, *found, samples, "torch")
+        opcheck(STEP_BACKWARD, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
     opcheck(STEP, (name, *(None if t is None else t.detach() for t in args), "nothing", ""))
 
 

@@ -65,7 +65,7 @@ def test_differentiates_twice(cell: str, extras: bool) -> None:
 
     def run(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         weights, states = rest[:4], rest[4:]
-        found = reference.layer(cell, x, *weights, None, *(*states, None)[:2], reset, lengths)
+        found = reference.layer(cell, x, *weights, None, *(*states, None)[:2], reset=reset, lengths=lengths)
         return tuple(t for t in found if t is not None)
 
     variables = tuple(t.clone().requires_grad_() for t in given)

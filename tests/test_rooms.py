@@ -13,11 +13,13 @@ ROOMS = ROOT / "fastseq"
 
 # For each room the rooms it may import at module level; within a function (inside the call) see LAZILY.
 MAY_KNOW = {
-    "__init__": {"flash", "functional", "huggingface", "implementation", "nn", "swap"},
+    "__init__": {"cells", "flash", "functional", "huggingface", "implementation", "nn", "swap", "testing"},
     "__main__": {"cli"},
     "cli": {"__init__", "functional", "implementation", "nn", "stopwatch", "swap"},
     "swap": {"nn"},
-    "nn": {"dynamo", "functional", "implementation"},
+    "testing": {"implementation", "nn"},
+    "cells": {"nn", "reference"},
+    "nn": {"dynamo", "functional", "implementation", "reference"},
     "flash": {"implementation", "ops"},
     "functional": {"implementation", "ops", "reference"},
     "huggingface": {"functional", "implementation"},
@@ -27,7 +29,7 @@ MAY_KNOW = {
     "dynamo": set(),
     "stopwatch": {"__init__"},
 }
-LAZILY = {"ops": {"kernels"}, "implementation": {"kernels"}, "cli": {"__init__"}, "__init__": set()}
+LAZILY = {"ops": {"kernels"}, "implementation": {"kernels"}, "cells": {"kernels"}, "cli": {"__init__"}}
 
 
 def room_of(path: Path) -> str:

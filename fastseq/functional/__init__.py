@@ -1,5 +1,8 @@
 """Check, choose, call: fastseq's operators as functions, with PyTorch's own signatures and ours by keyword."""
 
+from ..ops.crossover import engine as engine
+from ..ops.crossover import trained as trained
+from ..ops.recurrent import explained as explained
 from .attention import choose_attention as choose_attention
 from .attention import scaled_dot_product_attention as scaled_dot_product_attention
 from .attention import varlen_attn as varlen_attn

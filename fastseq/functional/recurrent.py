@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .. import implementation
-from ..implementation import Choice
+from ..implementation import Choice, chosen, transforms
 from ..ops import cell as cell_ops
+from ..ops import crossover
 from ..ops import recurrent as sequence_ops
 from ..ops.library import needs_gradient
 from ..ops.stock import stock
@@ -243,8 +244,15 @@ def sequence(
     lengths: Tensor | None = None,
     return_cells: bool = False,
     recompute: bool = False,
+    own: int = 0,
+    recurrent_dropout: float | None = None,  # floats by default would be symbols to torch.compile
+    zoneout: tuple[float, float] | None = None,
 ) -> tuple[Tensor, ...]:
-    """All cells, packed or padded: ``batch_sizes`` says that the input is the data of a sorted PackedSequence."""
+    """All cells, packed or padded: ``batch_sizes`` says that the input is the data of a sorted PackedSequence.
+
+    hx is h, or h and the cells side by side; the last ``own`` params of each layer and direction are the step's.
+    ``recurrent_dropout`` and ``zoneout`` (of h and of the cells) are probabilities.
+    """
     dtype = _autocast_dtype(cell, input, hx[0])
     if dtype is not None:
         input, *rest = (t.to(dtype) for t in (input, *hx, *params))
@@ -253,18 +261,28 @@ def sequence(
             return sequence(
                 cell, input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
                 batch_sizes=batch_sizes, reset=reset, lengths=lengths, return_cells=return_cells,
-                recompute=recompute,
+                recompute=recompute, own=own, recurrent_dropout=recurrent_dropout, zoneout=zoneout,
             )  # fmt: skip
 
     if batch_sizes is None:
         T, B = input.shape[:2] if not batch_first else (input.shape[1], input.shape[0])
         check_reset(reset, tuple(input.shape[:2]), "[B, T]" if batch_first else "[T, B]", input.device)
         check_lengths(lengths, (B,), "[B]", T)
-    plain = reset is None and lengths is None and not (return_cells or recompute)
-    name = ""  # a compiled graph carries no choice: it is made when the graph runs
+    beyond = bool(return_cells or recompute or cell not in sequence_ops.SAVED or recurrent_dropout or zoneout)
+    plain = reset is None and lengths is None and not beyond
+    name = way = ""  # a compiled graph carries no choice: it is made when the graph runs
     if not torch.compiler.is_compiling():
         steps = input.shape[1 if batch_first else 0] if batch_sizes is None else len(batch_sizes)
-        name = choose_sequence(cell, input, params, steps, not plain).name
+        rows = input.shape[0 if batch_first else 1] if batch_sizes is None else int(not plain)
+        way = crossover.engine(
+            cell, input, hx, params, rows, steps, reset=reset is not None,
+            lengths=lengths is not None or (batch_sizes is not None and not plain), beyond=beyond,
+        )  # fmt: skip
+        mapped, forward_mode = transforms()
+        plain = plain and not mapped  # PyTorch's own operators have no batching rule
+        name = choose_sequence(cell, input, params, steps, not plain, way).name
+        if forward_mode and chosen() == "auto":
+            name = "reference"  # operators, PyTorch's fused ones included, have no forward mode
         if plain and name == "torch":
             settings = (has_biases, num_layers, dropout, train, bidirectional)
             return stock(cell, input, hx, params, settings, batch_first, batch_sizes)
@@ -288,12 +306,24 @@ def sequence(
         keep = "cells" if return_cells else "nothing"
 
     def run(*args: Any) -> Any:
-        everything: Any = (cell, *args, reset, lengths)
+        *given, rows = (*args, None)[:9]
+        (T, B), (D, _, P) = args[0].shape[:2], args[2].shape
+        scale = stay = None
+        if train and recurrent_dropout:
+            kept = torch.empty(D, B, P, dtype=torch.bool, device=input.device).bernoulli(1 - recurrent_dropout)
+            scale = kept.to(input.dtype) / ((1 - recurrent_dropout) or 1.0)
+        if zoneout:
+            stay = _staying(zoneout, reference.CELLS[cell].cells, (T, B, D, 1, P) if train else None, input.device)
+        if name == "torch" and way in ("training", "onednn"):
+            found = crossover.run(way, cell, given, reset, lengths)
+            if found is not None:
+                return found
+        everything: Any = (cell, *given, rows, scale, stay, reset, lengths)
         if name == "reference":
             return reference.layer(*everything)
         return sequence_ops.recurrent(*everything, keep, name)[:4]
 
-    stacks = reference.stacked(params, has_biases, num_layers, 2 if bidirectional else 1)
+    stacks = reference.stacked(params, has_biases, num_layers, 2 if bidirectional else 1, own)
     with plainly(input.device.type):
         y, final, cells = reference.network(run, input, hx, stacks, dropout if train else 0.0)
     cells = cells.to(y.dtype) if len(hx) == 2 and cells is not None else y
@@ -305,9 +335,24 @@ def sequence(
     return (outputs[0], *final, *outputs[1:])
 
 
-def choose_sequence(cell: str, input: Tensor, params: Sequence[Tensor], steps: int, beyond: bool) -> Choice:
+def _staying(rates: tuple[float, float], C: int, size: tuple[int, ...] | None, device: torch.device) -> Tensor:
+    """Zoneout: which values of which states stay, bool ``[T, B, D, 1 + C, H]``; without a size, how much of each does.
+
+    One draw serves all cells of a unit, which mean nothing without each other.
+    """
+    if size is None:
+        return torch.cat(
+            [torch.full((n,), p, dtype=torch.float32, device=device) for n, p in zip((1, C), rates, strict=True)]
+        )
+    h, c = (torch.empty(size, dtype=torch.bool, device=device).bernoulli(p) for p in rates)
+    return torch.cat((h, *[c] * C), dim=3)
+
+
+def choose_sequence(
+    cell: str, input: Tensor, params: Sequence[Tensor], steps: int, beyond: bool, on_cpu: str = "loop"
+) -> Choice:
     """Which implementation runs a whole sequence, all layers alike; ``beyond`` if a keyword of ours is used."""
-    return sequence_ops.choice(cell, input, params[1], steps, beyond)
+    return sequence_ops.choice(cell, input, params[1], steps, beyond, on_cpu)
 
 
 def choose_single(cell: str, input: Tensor, w_hh: Tensor) -> Choice:
@@ -337,7 +382,7 @@ def check_lengths(lengths: Any, shape: tuple[int, ...], letters: str, longest: i
         raise TypeError(f"lengths: expected an integer tensor {letters}, got {got}")
     if tuple(lengths.shape) != shape:
         raise ValueError(f"lengths: expected {letters} = {list(shape)}, got {list(lengths.shape)}")
-    by_value = not torch.compiler.is_compiling() and not torch._C._functorch.is_batchedtensor(lengths)
+    by_value = not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(lengths)
     if by_value and lengths.device.type == "cpu" and lengths.numel():
         low, high = (int(bound) for bound in lengths.aminmax())
         if low < 0 or high > longest:
@@ -355,11 +400,15 @@ def single(
     if reset is not None:
         check_reset(reset, (input.shape[0],), "[B]", input.device)
         hx = tuple(state.masked_fill(reset[:, None], 0) for state in hx)
+    mapped = False
     if not torch.compiler.is_compiling():
         name = choose_single(cell, input, weights[1]).name
+        mapped, forward_mode = transforms()
+        if forward_mode and chosen() == "auto":
+            name = "reference"
     else:  # PyTorch's own cells compile as they are; a choice by name is obeyed when the graph runs
         name = "" if implementation.named else "torch"
-    if name == "torch":
+    if name == "torch" and not mapped:
         states = getattr(torch, f"{cell}_cell")(input, hx if cell == "lstm" else hx[0], *weights)
         return states if cell == "lstm" else (states,)
     new: Any

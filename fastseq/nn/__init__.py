@@ -4,6 +4,7 @@ import torch
 
 from .attention import MultiheadAttention
 from .cache import KVCache
+from .cells import MGU, SLSTM, LayerNormGRU, LayerNormLSTM, PeepholeLSTM
 from .position import RotaryEmbedding
 from .recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .transformer import (
@@ -17,12 +18,17 @@ from .transformer import (
 __all__ = [
     "GRU",
     "LSTM",
+    "MGU",
     "REPLACEMENTS",
     "RNN",
+    "SLSTM",
     "GRUCell",
     "KVCache",
     "LSTMCell",
+    "LayerNormGRU",
+    "LayerNormLSTM",
     "MultiheadAttention",
+    "PeepholeLSTM",
     "RNNCell",
     "RotaryEmbedding",
     "Transformer",

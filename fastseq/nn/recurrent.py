@@ -11,7 +11,8 @@ from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from .. import dynamo, functional
-from ..implementation import Choice, chosen
+from ..implementation import Choice, chosen, transformed
+from .options import Options
 from .tracing import Traced
 
 _STOCK = frozenset({"auto", "torch"})
@@ -31,7 +32,7 @@ _CELLS: dict[str, Any] = {
 
 def _stock(tensor: Tensor) -> bool:
     """Whether PyTorch's own module does the job as it is; costs well under a microsecond."""
-    return not torch.compiler.is_compiling() and not tensor.is_cuda and chosen() in _STOCK
+    return not (torch.compiler.is_compiling() or tensor.is_cuda or transformed()) and chosen() in _STOCK
 
 
 def _check_pair(hx: Any) -> None:
@@ -42,14 +43,17 @@ def _check_pair(hx: Any) -> None:
         raise RuntimeError(f"hx: expected a tuple (h, c), got {len(hx)} tensors")
 
 
-class _Sequence(Traced, torch.nn.RNNBase):
-    """What RNN, LSTM and GRU share: the call."""
+class Sequence(Options):
+    """What all recurrent layers share: the call."""
 
-    _states = 1
+    _biased = True  # has torch.nn's two biases, unless told not to
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         dynamo.trace(cls)
+
+    def _kind(self) -> str:
+        return self.mode.lower()
 
     def forward(
         self,
@@ -61,7 +65,7 @@ class _Sequence(Traced, torch.nn.RNNBase):
         return_cells: bool = False,
         recompute: bool = False,
     ) -> Any:
-        if reset is None and lengths is None and not return_cells and not recompute:
+        if reset is None and lengths is None and not return_cells and not recompute and self._plain:
             if type(input) is Tensor and _stock(input):
                 result = self._stock_call(input, hx)
                 return super().forward(input, hx) if result is None else result
@@ -77,8 +81,9 @@ class _Sequence(Traced, torch.nn.RNNBase):
             return self._leaf(input, hx, **keywords)
         packed = isinstance(input, PackedSequence)
         y, *rest = self._packed(input, hx, **keywords) if packed else self._padded(input, hx, **keywords)
-        state = rest[0] if self._states == 1 else (rest[0], rest[1])
-        return (y, state, rest[-1]) if return_cells else (y, state)
+        final, cells = tuple(rest[: self._states]), tuple(rest[self._states :])
+        state = final if self._states > 1 else final[0]
+        return (y, state, cells if len(cells) > 1 else cells[0]) if return_cells else (y, state)
 
     def _stock_call(self, input: Tensor, hx: Any) -> Any:
         """PyTorch's operator without torch.nn's bookkeeping; None when its checks should look at the arguments."""
@@ -86,7 +91,7 @@ class _Sequence(Traced, torch.nn.RNNBase):
         if input.dim() != 3 or input.shape[2] != self.input_size or self.proj_size:
             return None
         try:
-            weights = [stored[name] for name in names]
+            weights: Any = [stored[name] for name in names]
         except KeyError:  # parametrised: computed on access
             return None
         size = (
@@ -102,8 +107,15 @@ class _Sequence(Traced, torch.nn.RNNBase):
                 return None
         elif hx.shape != size:
             return None
-        if input.dtype != weights[0].dtype and not torch._C._is_any_autocast_enabled():  # type: ignore[union-attr]
+        if input.dtype != weights[0].dtype and not torch._C._is_any_autocast_enabled():
             return None
+        if self._states == 1:
+            found = functional.trained(
+                self.mode.lower(), input, hx, weights, self.bias, self.num_layers, self.dropout, self.training,
+                self.bidirectional, self.batch_first,
+            )  # fmt: skip
+            if found is not None:
+                return found
         y, *state = _SEQUENCES[self.mode](
             input, hx, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
             self.batch_first,
@@ -174,10 +186,12 @@ class _Sequence(Traced, torch.nn.RNNBase):
     def _checked(self, input: Tensor, states: tuple[Tensor, ...], batch_sizes: Tensor | None) -> tuple[Tensor, ...]:
         """The initial states, zeros if none were given, after torch.nn's own checks of type, size and device."""
         if not states:
-            sizes = [self.get_expected_hidden_size(input, batch_sizes)]
-            if self._states == 2:
-                sizes.append((*sizes[0][:2], self.hidden_size))
-            states = tuple(input.new_zeros(size) for size in sizes)
+            size = self.get_expected_hidden_size(input, batch_sizes)
+            if self.initial_state is not None:
+                states = tuple(state[:, None].expand(-1, size[1], -1) for state in self.initial_state)
+            else:
+                sizes = [size, *[(*size[:2], self.hidden_size)] * (self._states - 1)]
+                states = tuple(input.new_zeros(size) for size in sizes)
         casting = torch._C._is_any_autocast_enabled()
         if self._states == 2 and batch_sizes is not None and not casting:
             # torch.nn.LSTM does not check packed input itself: its operator does, with errors of other types.
@@ -187,7 +201,7 @@ class _Sequence(Traced, torch.nn.RNNBase):
             for state in states:
                 if state.dim() < 3:
                     raise IndexError(f"hx: expected 3-D, got a {state.dim()}-D tensor")
-        self.check_forward_args(input, states if self._states == 2 else states[0], batch_sizes)  # type: ignore[arg-type]
+        self.check_forward_args(input, states if self._states > 1 else states[0], batch_sizes)  # type: ignore[arg-type]
         device = getattr(self, self._flat_weights_names[0]).device
         if input.device != device:
             raise RuntimeError(f"input: expected device {device} as the weights, got {input.device}")
@@ -199,10 +213,9 @@ class _Sequence(Traced, torch.nn.RNNBase):
         return states
 
     def _call(self, input: Tensor, states: tuple[Tensor, ...], *, batch_first: bool, **keywords: Any) -> Any:
-        weights = [getattr(self, name) for name in self._flat_weights_names]
         return functional.sequence(
-            self.mode.lower(), input, states, weights, self.bias, self.num_layers, self.dropout, self.training,
-            self.bidirectional, batch_first, **keywords,
+            self._kind(), input, states, self._weights(), self.bias and self._biased, self.num_layers, self.dropout,
+            self.training, self.bidirectional, batch_first, **self._loop_options(), **keywords,
         )  # fmt: skip
 
     def _explain(
@@ -216,15 +229,24 @@ class _Sequence(Traced, torch.nn.RNNBase):
         recompute: bool = False,
     ) -> Choice:
         if isinstance(input, PackedSequence):
-            data, steps = input.data, len(input.batch_sizes)
+            data, steps, rows = input.data, len(input.batch_sizes), input.batch_sizes.tolist()[0]
         else:
-            data, steps = input, input.shape[1 if self.batch_first and input.dim() == 3 else 0]
+            time = 1 if self.batch_first and input.dim() == 3 else 0
+            data, steps, rows = input, input.shape[time], input.shape[1 - time] if input.dim() == 3 else 1
         weights = [getattr(self, name) for name in self._flat_weights_names]
-        beyond = reset is not None or lengths is not None or return_cells or recompute
-        return functional.choose_sequence(self.mode.lower(), data, weights, steps, beyond)
+        further = return_cells or recompute or not self._plain
+        masked = reset is not None or lengths is not None
+        way = functional.engine(
+            self._kind(), data, hx if isinstance(hx, tuple) else () if hx is None else (hx,), weights,
+            rows if masked or (data is input and input.dim() == 3) else 0, steps,
+            reset=reset is not None, lengths=lengths is not None or (masked and data is not input), beyond=further,
+        )  # fmt: skip
+        choice = functional.choose_sequence(self._kind(), data, weights, steps, masked or further, way)
+        directions = 2 if self.bidirectional else 1
+        return functional.explained(choice, self._kind(), data, weights[1], rows, directions)
 
 
-class RNN(_Sequence, torch.nn.RNN):
+class RNN(Sequence, torch.nn.RNN):
     """Elman network, a drop-in ``torch.nn.RNN`` (Elman 1990) with resets, lengths and a choice of implementation.
 
     Constructor, parameters and results as ``torch.nn.RNN``. The call takes, by keyword only:
@@ -235,8 +257,21 @@ class RNN(_Sequence, torch.nn.RNN):
     - ``return_cells``: a third result, every step's state of the last layer: here the output itself.
     - ``recompute``: keep no gates for the gradient; less memory for one more matrix product.
 
+    ``torch.vmap`` over inputs, and gradients per sample, are one call with more rows; over weights (an ensemble) it
+    is a call for each set of them.
+
+    And the constructor, by keyword only, with probabilities from 0 to 1, the first two in training only:
+
+    - ``recurrent_dropout``: of h where it enters the recurrent product, one mask for all steps (Gal & Ghahramani 2016).
+    - ``weight_drop``: of the recurrent weights, drawn once per call (Merity et al. 2018).
+    - ``zoneout``: that a value of a state stays as it was; in evaluation, how much of it does (Krueger et al. 2017).
+      One number, or one for h and one for the cells.
+    - ``learn_initial_state``: the states to start from are parameters, ``initial_state`` ``[L*D, H]`` each.
+    - ``forget_bias``: what the bias of the forget gate starts from (Gers et al. 2000), in a cell that has one.
+
     Raises:
-        As ``torch.nn.RNN``; TypeError or ValueError for a wrong ``reset`` or ``lengths``; ``fastseq.Unsupported``.
+        As ``torch.nn.RNN``; TypeError or ValueError for a wrong ``reset`` or ``lengths``, ValueError for an option out
+        of range or that the cell cannot have; ``fastseq.Unsupported``.
 
     Example:
         >>> import torch, fastseq
@@ -245,11 +280,11 @@ class RNN(_Sequence, torch.nn.RNN):
     """
 
 
-class LSTM(_Sequence, torch.nn.LSTM):
+class LSTM(Sequence, torch.nn.LSTM):
     """Long short-term memory, a drop-in ``torch.nn.LSTM`` (Hochreiter & Schmidhuber 1997) with more by keyword.
 
-    Constructor (``proj_size`` too), parameters and results as ``torch.nn.LSTM``. The call takes the keywords of
-    :class:`RNN`; ``return_cells`` gives every c_t of the last layer, shaped like the output with H in place of P.
+    Constructor (``proj_size`` too), parameters and results as ``torch.nn.LSTM``. Constructor and call take the keywords
+    of :class:`RNN`; ``return_cells`` gives every c_t of the last layer, shaped like the output with H in place of P.
 
     Raises:
         As ``torch.nn.LSTM``; TypeError or ValueError for a wrong ``reset`` or ``lengths``; ``fastseq.Unsupported``.
@@ -262,12 +297,13 @@ class LSTM(_Sequence, torch.nn.LSTM):
     """
 
     _states = 2
+    _forget = ("bias_ih", 1)
 
 
-class GRU(_Sequence, torch.nn.GRU):
+class GRU(Sequence, torch.nn.GRU):
     """Gated recurrent unit, a drop-in ``torch.nn.GRU`` (Cho et al. 2014) with more by keyword.
 
-    Constructor, parameters and results as ``torch.nn.GRU``; the keywords of the call are those of :class:`RNN`.
+    Constructor, parameters and results as ``torch.nn.GRU``; the keywords of both are those of :class:`RNN`.
 
     Raises:
         As ``torch.nn.GRU``; TypeError or ValueError for a wrong ``reset`` or ``lengths``; ``fastseq.Unsupported``.

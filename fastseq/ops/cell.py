@@ -106,6 +106,7 @@ def _backward(
     h_new: Tensor,
     c_new: Tensor,
     gates: Tensor,
+    samples: int | None,
     implementation: str,
 ) -> tuple[Tensor, ...]:
     (B, H), after = h.shape, None if c is None else c_new
@@ -139,15 +140,15 @@ def _backward(
         dx, dr = dx.flatten(0, 2), dr.flatten(0, 2)
         dinput, dh, dc = dx @ w_ih, dh.view(B, H), None if dc is None else dc.view(B, H)
     none = input.new_empty(0)
-    return (
-        dinput,
-        dh,
-        none if dc is None else dc,
-        dx.t() @ input,
-        dr.t() @ h,
-        none.clone() if b_ih is None else dx.sum(0),
-        none.clone() if b_hh is None else dr.sum(0),
-    )
+    of_weights: list[Tensor | None] = [None] * 4
+    if samples == 0:
+        of_weights = [None if w is None else w.new_empty(0, *w.shape) for w in (w_ih, w_hh, b_ih, b_hh)]
+    else:
+        if samples is not None:  # groups of rows
+            dx, dr, input, h = (t.unflatten(0, (samples, B // samples)) for t in (dx, dr, input, h))
+        of_weights[:2] = dx.mT @ input, dr.mT @ h
+        of_weights[2:] = None if b_ih is None else dx.sum(-2), None if b_hh is None else dr.sum(-2)
+    return dinput, dh, none if dc is None else dc, *(none.clone() if g is None else g for g in of_weights)
 
 
 step = operator(
@@ -161,4 +162,5 @@ step = operator(
     shapes=_shapes,
     backward=_backward,
     formula=single,
+    rows={"input": 0, "h": 0, "c": 0},
 )

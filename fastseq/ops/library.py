@@ -1,11 +1,15 @@
 """How an operator of ours is registered, and what all their gradients share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.eager_transforms import enable_inplace_requires_grad
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+
+from . import batching
 
 LIBRARY = torch.library.Library("fastseq", "FRAGMENT")
 
@@ -25,6 +29,8 @@ def operator(
     backward: Function,
     gradients: Function | None = None,
     formula: Function,
+    rows: Mapping[str, int] | None = None,
+    summed: Collection[str] = (),
 ) -> Any:
     """Define the operator ``fastseq::<name>`` and its gradient ``fastseq::<name>_backward``; return the operator.
 
@@ -41,11 +47,20 @@ def operator(
 
     An operator that ``keeps`` something for its gradient takes, before the implementation, what: "gates", "cells" (to
     recompute the gates) or "nothing"; the last output is what it kept and has no gradient.
+
+    ``rows`` says which axis of an input counts independent rows; in the outputs it is the first input's. Then
+    ``torch.vmap`` is one call with more rows, and ``backward`` and ``gradients`` take ``samples`` before the
+    implementation: None, or how many equal groups of rows have a gradient each, stacked along a first axis, of the
+    inputs without rows (of which none is wanted if it is 0). ``summed`` names those of them whose gradient
+    ``backward`` can but add up over all rows: where one of them is given, vmap calls it once per example.
     """
     leading = len(settings.split(", "))
-    kinds = [declaration.split()[0] for declaration in inputs.split(", ")]
+    names = [declaration.split()[1] for declaration in inputs.split(", ")]
+    axes = [None if rows is None else rows.get(name) for name in names]
+    shared = [i for i in range(differentiable) if axes[i] is None]
     results = outputs - keeps  # those that have gradients
     trailing = "str keep, str implementation" if keeps else "str implementation"
+    sampled = "" if rows is None else "SymInt? samples, "
     several = ", ".join(["Tensor"] * outputs)
     incoming = ", ".join(f"Tensor? grad_{i}" for i in range(results))
     returned = ", ".join(f"Tensor output_{i}" for i in range(outputs))
@@ -54,13 +69,12 @@ def operator(
     class Gradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            fixed, tensors, rest = args[:leading], args[leading:][: len(kinds)], list(args[leading + len(kinds) :])
+            fixed, tensors, rest = args[:leading], args[leading:][: len(names)], list(args[leading + len(names) :])
             ctx.settings = fixed, rest[-1]
             ctx.set_materialize_grads(False)
             if keeps and rest[0] == "nothing":
                 rest[0] = "gates"
-            with torch._C._AutoDispatchBelowAutograd():
-                found = overload(*fixed, *tensors, *rest)
+            found = _below_autograd(overload, *fixed, *tensors, *rest)
             ctx.save_for_backward(*tensors, *found)
             if keeps:
                 ctx.mark_non_differentiable(found[-1])
@@ -70,45 +84,84 @@ def operator(
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
             fixed, implementation = ctx.settings
             saved = ctx.saved_tensors  # read once: a checkpoint unpacks a tensor no second time
-            found = overload_backward(*fixed, *grads[:results], *saved, implementation)
-            wanted = zip(found, saved, ctx.needs_input_grad[leading:], strict=False)
+            needs = ctx.needs_input_grad[leading:]
+            samples = [] if rows is None else [None if any(needs[i] for i in shared) else 0]
+            found = overload_backward(*fixed, *grads[:results], *saved, *samples, implementation)
+            wanted = zip(found, saved, needs, strict=False)
             kept = [g if t is not None and need else None for g, t, need in wanted]
-            absent = [None] * (len(kinds) - differentiable + 1 + keeps)
+            absent = [None] * (len(names) - differentiable + 1 + keeps)
             return *([None] * leading), *kept, *absent
 
     class SecondGradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             ctx.fixed = args[:leading]
+            ctx.samples = None if rows is None else args[-2]
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*args[leading:-1])
-            with torch._C._AutoDispatchBelowAutograd():
-                return overload_backward(*args)
+            ctx.save_for_backward(*args[leading : leading + results + len(names) + outputs])
+            return _below_autograd(overload_backward, *args)
 
         @staticmethod
         def backward(ctx: Any, *tangents: Tensor | None) -> Any:
             saved = ctx.saved_tensors
-            grads, given = saved[:results], saved[results:][: len(kinds)]
+            grads, given = saved[:results], saved[results:][: len(names)]
             variables, constants = given[:differentiable], given[differentiable:]
-            to_inputs, to_grads = second_order(
-                lambda *x: formula(*ctx.fixed, *x, *constants), variables, grads, tangents
-            )
-            absent = [None] * (len(constants) + outputs + 1)
+
+            def function(*x: Tensor | None) -> Any:
+                return formula(*ctx.fixed, *x)
+
+            if ctx.samples:
+                function = batching.each(function, axes, ctx.samples)
+                with torch.enable_grad():
+                    variables = [
+                        t if t is None or axis is not None else t.expand(ctx.samples, *t.shape)
+                        for t, axis in zip(variables, axes, strict=False)
+                    ]
+            to_inputs, to_grads = second_order(lambda *x: function(*x, *constants), variables, grads, tangents)
+            if ctx.samples:
+                sums = {i: g.sum(0) for i in shared if (g := to_inputs[i]) is not None}
+                to_inputs = [sums.get(i, g) for i, g in enumerate(to_inputs)]
+            absent = [None] * (len(constants) + outputs + 1 + (rows is not None))
             return *([None] * leading), *to_grads, *to_inputs, *absent
+
+    def like(*args: Any) -> tuple[Tensor, ...]:
+        given = args[leading + results :][:differentiable]
+        first = next(t for t in given if t is not None)
+        samples = None if rows is None else args[-2]
+        stacked = [() if samples is None or axis is not None else (samples,) for axis in axes]
+        return tuple(
+            first.new_empty(0) if t is None else t.new_empty(*several, *t.shape)
+            for t, several in zip(given, stacked, strict=False)
+        )
 
     overload = _define(f"{name}({settings}, {inputs}, {trailing}) -> ({several})", forward, shapes, Gradient)
     overload_backward = _define(
-        f"{name}_backward({settings}, {incoming}, {inputs}, {returned}, str implementation) -> ({of_inputs})",
+        f"{name}_backward({settings}, {incoming}, {inputs}, {returned}, {sampled}str implementation) -> ({of_inputs})",
         backward,
-        gradients or (lambda *args: _like(*args[leading + results :][:differentiable])),
+        gradients or like,
         SecondGradient,
     )
+    if rows is not None:
+        fixed, of_rows = [None] * leading, axes[0]
+        results_axes = [of_rows] * outputs
+        of_arguments = [*fixed, *axes, *[None] * (1 + keeps)]
+        of_backward = [*fixed, *results_axes[:results], *axes, *results_axes, None, None]
+        forward_rule = batching.rule(overload, of_arguments, results_axes)
+        alone = [leading + results + names.index(name) for name in summed]
+        backward_rule = batching.rule(
+            overload_backward, of_backward, axes[:differentiable], len(of_backward) - 2, alone
+        )
+        torch.library.register_vmap(f"fastseq::{name}", forward_rule, lib=LIBRARY)
+        torch.library.register_vmap(f"fastseq::{name}_backward", backward_rule, lib=LIBRARY)
     return overload
 
 
-def _like(*inputs: Tensor | None) -> tuple[Tensor, ...]:
-    first = next(t for t in inputs if t is not None)
-    return tuple(first.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
+def _below_autograd(overload: Any, *args: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        if torch._C._are_functorch_transforms_active():
+            with torch.enable_grad():  # off in a Function's forward, but the levels further down may want theirs
+                return overload(*args)
+        return overload(*args)
 
 
 def _define(schema: str, kernel: Function, shapes: Function, gradient: type[torch.autograd.Function]) -> Any:
@@ -122,9 +175,8 @@ def _define(schema: str, kernel: Function, shapes: Function, gradient: type[torc
         _refuse_forward_mode(name, args)
         if needs_gradient(args):
             if torch._C._are_functorch_transforms_active():
-                raise NotImplementedError(
-                    f"fastseq::{name} has no gradient under torch.func; use fastseq.use('reference')"
-                )
+                with enable_single_level_autograd_function():  # the dispatcher takes the levels apart, one at a time
+                    return super(torch.autograd.Function, gradient).apply(*args)  # type: ignore[misc]
             return gradient.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
@@ -162,7 +214,7 @@ def second_order(
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # A view each, so that a tensor given twice is two variables here.
-        x = [None if t is None else t.view_as(t) for t in inputs]
+        x = [None if t is None else _variable(t, tangents[i] is not None) for i, t in enumerate(inputs)]
         v = [None if t is None else t.view_as(t) for t in cotangents]
         outputs = formula(*x)
         reached: list[tuple[Tensor, Tensor]] = [
@@ -178,7 +230,8 @@ def second_order(
         )
         pairs = [(g, tangents[i]) for g, i in zip(first, wanted, strict=True)]
         pairs = [(g, t) for g, t in pairs if g is not None and t is not None and g.requires_grad]
-        variables = [t for t in (*x, *v) if t is not None and t.requires_grad]
+        given = zip((*x, *v), (*inputs, *cotangents), strict=True)
+        variables = [t for t, source in given if t is not None and source is not None and source.requires_grad]
         found: Sequence[Tensor | None] = [None] * len(variables)
         if pairs:
             found = torch.autograd.grad(
@@ -190,3 +243,11 @@ def second_order(
             )
     flows = {id(t): g for t, g in zip(variables, found, strict=True)}
     return [flows.get(id(t)) for t in x], [flows.get(id(t)) for t in v]
+
+
+def _variable(t: Tensor, wanted: bool) -> Tensor:
+    """A view with a gradient if ``wanted``, even where t has none: at this level of torch.func, as it had above."""
+    if t.requires_grad or not wanted:
+        return t.view_as(t)
+    with enable_inplace_requires_grad(True):
+        return t.detach().requires_grad_()

@@ -5,6 +5,7 @@ gradient (when a graph is asked for) is the reference formula's. The weights of 
 first axis D; the other letters are those of ``fastseq.reference.recurrent``.
 """
 
+import dataclasses
 from types import ModuleType
 from typing import Any
 
@@ -14,25 +15,23 @@ from torch import Tensor
 
 from ..implementation import Choice, Unsupported, choose, chosen, gpu, kernel_refusal
 from ..reference.recurrent import CELLS, layer
-from . import loop
+from . import crossover, derived, loop
 from .library import operator
 
-SAVED = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 4}  # values a step saves per hidden unit
+SAVED = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 4}  # values a stock cell's step saves per hidden unit
 CUDNN_LONGEST = 65_535  # steps; cuDNN fails beyond (pytorch/pytorch#133751)
 
 
-def choice(cell: str, input: Tensor, w_hh: Tensor, steps: int, beyond: bool) -> Choice:
+def choice(cell: str, input: Tensor, w_hh: Tensor, steps: int, beyond: bool, on_cpu: str = "loop") -> Choice:
     """Which implementation runs a layer, and why.
 
     w_hh ``[..., G*H, P]``; ``steps``: of time, which packed data hides;
-    ``beyond``: more is asked than PyTorch's own operator does.
+    ``beyond``: more is asked than PyTorch's own operator does; ``on_cpu``: what ``crossover.engine`` says.
     """
 
     def fastest() -> tuple[str, str]:
         if not gpu(input):
-            if beyond:
-                return "torch", "on the CPU, a loop over time in PyTorch"
-            return "torch", "on the CPU PyTorch's own operator is the fastest"
+            return "torch", crossover.REASONS[on_cpu]
         if beyond:
             return "triton", "PyTorch's own operator cannot do this, and a loop in Python is slower than kernels"
         if steps > CUDNN_LONGEST:
@@ -49,6 +48,19 @@ def choice(cell: str, input: Tensor, w_hh: Tensor, steps: int, beyond: bool) -> 
     )
 
 
+def explained(choice: Choice, cell: str, input: Tensor, w_hh: Tensor, rows: int, directions: int) -> Choice:
+    """A choice that fell on the kernels, with the regime in which they run on so many rows, and why that one."""
+    if choice.name != "triton":
+        return choice
+    from ..kernels.limits import limits
+    from ..kernels.recurrent.plan import plan
+
+    GH, P = w_hh.shape[-2:]
+    H = GH // CELLS[cell].gates
+    how = plan(cell, H, P, input.dtype, _tf32(), limits(input.device), rows, directions)
+    return dataclasses.replace(choice, reason=f"{choice.reason}; {how.regime}: {how.why}")
+
+
 def _kernels() -> ModuleType:
     from ..kernels.recurrent import sequence
 
@@ -57,6 +69,24 @@ def _kernels() -> ModuleType:
 
 def _engine(name: str) -> Any:
     return loop if name == "torch" else _kernels()
+
+
+def _derived(name: str, cell: str, scale: Tensor | None, stay: Tensor | None) -> bool:
+    """Whether PyTorch's loop has nothing but the step to go by."""
+    return name == "torch" and (cell not in SAVED or scale is not None or stay is not None)
+
+
+def _rows_saved(cell: str, scale: Tensor | None, stay: Tensor | None, keep: str, implementation: str) -> int:
+    """How many values per hidden unit forward keeps beside the states.
+
+    Under zoneout none, as backward needs states that were not kept. Nor where only the running graph will know whether
+    kernels run, which save, or a loop that saves nothing.
+    """
+    if keep != "gates" or stay is not None:
+        return 0
+    if cell in SAVED and scale is None:
+        return SAVED[cell]
+    return int(_kernels().STEPS[cell].saved) if implementation == "triton" else 0
 
 
 def _resolve(implementation: str, cell: str, input: Tensor, w_hh: Tensor) -> str:
@@ -74,7 +104,7 @@ def _tf32() -> bool:
 
 def fold(cell: str, b_ih: Tensor | None, b_hh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The bias of the input gates and that of the recurrent gates: one, where the step only adds the gates up."""
-    if b_ih is None or b_hh is None or cell == "gru":
+    if b_ih is None or b_hh is None or CELLS[cell].splits:
         return b_ih, b_hh
     return b_ih + b_hh, None
 
@@ -113,24 +143,33 @@ def _forward(
     w_hr: Tensor | None,
     h0: Tensor,
     c0: Tensor | None,
+    params: Tensor | None,
+    scale: Tensor | None,
+    stay: Tensor | None,
     reset: Tensor | None,
     lengths: Tensor | None,
     keep: str,
     implementation: str,
 ) -> tuple[Tensor, ...]:
     name = _resolve(implementation, cell, input, w_hh)
-    empty = input.new_empty(0)
-    if name == "torch" and keep == "nothing" and reset is None and lengths is None:
+    empty, gates = input.new_empty(0), None
+    bias, recurrent_bias = fold(cell, b_ih, b_hh)
+    if _derived(name, cell, scale, stay):
+        y, h_n, c_n, cells = derived.sequence_forward(
+            cell, _input_gates(input, w_ih, bias), w_hh, recurrent_bias, h0, c0, params, scale, stay, reset, lengths
+        )
+    elif name == "torch" and keep == "nothing" and reset is None and lengths is None:
         y, *final = _stock(cell, input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0)
         return (y, *final, *([empty] if c0 is None else []), _wide(empty), empty.clone())
-    bias, recurrent_bias = fold(cell, b_ih, b_hh)
-    y, h_n, c_n, cells, gates = _engine(name).sequence_forward(
-        cell,
-        _input_gates(input, w_ih, bias),
-        *_contiguous(w_hh, recurrent_bias, w_hr, h0, c0, reset, lengths),
-        save=keep == "gates",
-        allow_tf32=_tf32(),
-    )
+    else:
+        own = () if name == "torch" else (params, scale, stay)
+        y, h_n, c_n, cells, gates = _engine(name).sequence_forward(
+            cell,
+            _input_gates(input, w_ih, bias),
+            *_contiguous(w_hh, recurrent_bias, w_hr, h0, c0, *own, reset, lengths),
+            save=_rows_saved(cell, scale, stay, keep, implementation) > 0,
+            allow_tf32=_tf32(),
+        )
     return (
         y.flatten(2),
         h_n,
@@ -171,19 +210,34 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _shapes(cell: str, input: Tensor, w_ih: Tensor, w_hh: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _shapes(
+    cell: str,
+    input: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    params: Tensor | None,
+    scale: Tensor | None,
+    stay: Tensor | None,
+    reset: Tensor | None,
+    lengths: Tensor | None,
+    keep: str,
+    implementation: str,
+) -> tuple[Tensor, ...]:
     T, B, _ = input.shape
     (D, GH, _), P = w_ih.shape, w_hh.shape[2]
-    H = GH // CELLS[cell].gates
-    keep, has_c = rest[-2], CELLS[cell].states == 2
-    gates = (T, B, D, SAVED[cell], H) if keep == "gates" else (0,)
-    cells = (T, B, D * H) if has_c and keep != "nothing" else (0,)
+    H, C = GH // CELLS[cell].gates, CELLS[cell].cells
+    S = _rows_saved(cell, scale, stay, keep, implementation)
     return (
         input.new_empty(T, B, D * P),
         input.new_empty(D, B, P),
-        input.new_empty((D, B, H) if has_c else (0,)),
-        input.new_empty(cells, dtype=_wide_dtype(input)),
-        input.new_empty(gates),
+        input.new_empty((D, B, C * H) if C else (0,)),
+        input.new_empty((T, B, D * C * H) if C and keep != "nothing" else (0,), dtype=_wide_dtype(input)),
+        input.new_empty((T, B, D, S, H) if S else (0,)),
     )
 
 
@@ -201,6 +255,9 @@ def _backward(
     w_hr: Tensor | None,
     h0: Tensor,
     c0: Tensor | None,
+    params: Tensor | None,
+    scale: Tensor | None,
+    stay: Tensor | None,
     reset: Tensor | None,
     lengths: Tensor | None,
     y: Tensor,
@@ -208,95 +265,144 @@ def _backward(
     c_n: Tensor,
     cells: Tensor,
     gates: Tensor,
+    samples: int | None,
     implementation: str,
 ) -> tuple[Tensor, ...]:
     T, B, I = input.shape  # noqa: E741  (the field's letter)
     (D, GH, _), P, H = w_ih.shape, w_hh.shape[2], w_ih.shape[1] // CELLS[cell].gates
-    engine = _engine(_resolve(implementation, cell, input, w_hh))
+    name = _resolve(implementation, cell, input, w_hh)
     h_prev = _previous(y.view(T, B, D, P), h0, reset, lengths)
     c_prev = after = None
     if c0 is not None:
-        after = cells.view(T, B, D, H)
+        after = cells.view(T, B, D, CELLS[cell].cells * H)
         c_prev = _previous(after, c0.to(cells.dtype), reset, lengths)
-    if gates.numel() == 0:
-        gates = _gates_again(engine, cell, input, w_ih, w_hh, b_ih, b_hh, h_prev, c_prev)
+    operand = h_prev if scale is None else h_prev * scale.transpose(0, 1)
+    from_gates = _derived(name, cell, scale, stay)
+    if from_gates or gates.numel() == 0:
+        x, h = _gates(cell, input, w_ih, w_hh, b_ih, b_hh, operand)
+        if not from_gates:
+            gates, after = _gates_again(name, cell, x, h, h_prev, c_prev, params, after)
     if dy is None:
         dy = torch.zeros_like(y)
     if dh_n is None:
         dh_n = torch.zeros_like(h0)
     if c0 is not None and dc_n is None:
         dc_n = torch.zeros_like(c0)
-    dx, dh, dproj, dh0, dc0 = engine.sequence_backward(
-        cell,
+    arriving = (
         dy.contiguous().view(T, B, D, P),
         *_contiguous(dh_n, dc_n if c0 is not None else None),
-        None if dcells is None or c0 is None else dcells.contiguous().view(T, B, D, H),
-        gates,
-        after,
-        h_prev,
-        c_prev,
-        *_contiguous(w_hh, w_hr, reset, lengths),
-        allow_tf32=_tf32(),
+        None if dcells is None or c0 is None else dcells.contiguous().view(T, B, D, CELLS[cell].cells * H),
     )
-    flat = dx.view(T * B, D * GH)
-    db = dx.sum((0, 1)) if b_ih is not None else None
-    dw_hr = None
-    if w_hr is not None:
-        hidden = gates[:, :, :, 3].to(cells.dtype) * cells.view(T, B, D, H).tanh()
-        dw_hr = _weight_gradient(dproj, hidden.to(dproj.dtype))
+    dproj: Any = None
+    if from_gates:
+        everything: Any = (*arriving, x, h, h_prev, c_prev, w_hh, params, scale, stay, reset, lengths)
+        dx, dh, dh0, dc0, *rest = derived.sequence_backward(cell, *everything)
+    else:
+        own = () if name == "torch" else (params, scale, stay)
+        dx, dh, dproj, dh0, dc0, *rest = _engine(name).sequence_backward(
+            cell,
+            *arriving,
+            gates,
+            after,
+            h_prev,
+            c_prev,
+            *_contiguous(w_hh, w_hr, *own, reset, lengths),
+            allow_tf32=_tf32(),
+        )
+    dparams = rest[0] if rest else None
     none = input.new_empty(0)
+    of_weights: list[Tensor | None] = [None] * 6
+    if samples == 0:
+        of_weights = [None if w is None else w.new_empty(0, *w.shape) for w in (w_ih, w_hh, b_ih, b_hh, w_hr, params)]
+    else:
+        of_input = _weight_gradient(dx.view(T, B, 1, D * GH), input[:, :, None], samples)
+        of_weights[:2] = of_input.view(*of_input.shape[:-3], D, GH, I), _weight_gradient(dh, operand, samples)
+        if b_ih is not None:
+            db = _bias_gradient(dx, samples)
+            of_weights[2:4] = db, db.clone() if dh is dx else _bias_gradient(dh, samples)
+        if w_hr is not None:
+            hidden = gates[:, :, :, 3].to(cells.dtype) * cells.view(T, B, D, H).tanh()
+            of_weights[4] = _weight_gradient(dproj, hidden.to(dproj.dtype), samples)
+        of_weights[5] = None if dparams is None else dparams.to(input.dtype)
+    *of_layer, of_params = [none.clone() if g is None else g for g in of_weights]
     return (
-        (flat @ w_ih.reshape(D * GH, I)).view(T, B, I),
-        (flat.t() @ input.reshape(T * B, I)).view(D, GH, I),
-        _weight_gradient(dh, h_prev),
-        none if db is None else db,
-        none.clone() if db is None else (db.clone() if dh is dx else dh.sum((0, 1))),
-        none.clone() if dw_hr is None else dw_hr,
+        (dx.view(T * B, D * GH) @ w_ih.reshape(D * GH, I)).view(T, B, I),
+        *of_layer,
         dh0,
-        none.clone() if dc0 is None else dc0,
+        none if dc0 is None else dc0,
+        of_params,
     )
 
 
-def _gates_again(
-    engine: Any,
+def _gates(
     cell: str,
     input: Tensor,
     w_ih: Tensor,
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
+    operand: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The input gates and the recurrent gates of every step, from what entered its product: one in place of T."""
+    bias, recurrent_bias = fold(cell, b_ih, b_hh)
+    h = torch.einsum("tbdp,dgp->tbdg", operand, w_hh)
+    return _input_gates(input, w_ih, bias), h if recurrent_bias is None else h + recurrent_bias
+
+
+def _gates_again(
+    name: str,
+    cell: str,
+    x: Tensor,
+    h: Tensor,
     h_prev: Tensor,
     c_prev: Tensor | None,
-) -> Tensor:
-    """The gates of every step, recomputed from the states they read: one matrix product in place of T."""
-    T, B, D, _ = h_prev.shape
-    bias, recurrent_bias = fold(cell, b_ih, b_hh)
-    x = _input_gates(input, w_ih, bias)
-    h = torch.einsum("tbdp,dgp->tbdg", h_prev, w_hh)
-    if recurrent_bias is not None:
-        h = h + recurrent_bias
-    GH, H = x.shape[-1], x.shape[-1] // CELLS[cell].gates
-    before = None if c_prev is None else c_prev.view(-1, H)
-    gates = engine.step_gates(cell, x.view(-1, GH), h.reshape(-1, GH), before)
-    return gates.view(T, B, D, SAVED[cell], H)  # type: ignore[no-any-return]
+    params: Tensor | None,
+    after: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """What the steps would have saved, and the cells that they left: not those kept, under zoneout."""
+    T, B, D, GH = x.shape
+    H = GH // CELLS[cell].gates
+    if name == "torch":
+        before = None if c_prev is None else c_prev.view(-1, H)
+        gates = loop.step_gates(cell, x.view(-1, GH), h.reshape(-1, GH), before)
+        return gates.view(T, B, D, SAVED[cell], H), after
+    flat = [None if t is None else t.contiguous().flatten(0, 1) for t in (x, h, c_prev)]
+    gates, after = _kernels().step_gates(cell, *flat, *_contiguous(params), state=h_prev.flatten(0, 1))
+    return gates.unflatten(0, (T, B)), None if after is None else after.unflatten(0, (T, B))
 
 
-def _weight_gradient(d: Tensor, x: Tensor) -> Tensor:
-    """The sum over time and batch of d ⊗ x, for each direction: ``[T, B, D, M], [T, B, D, N] -> [D, M, N]``."""
+def _weight_gradient(d: Tensor, x: Tensor, samples: int | None) -> Tensor:
+    """The sum over time and batch of d ⊗ x, for each direction: ``[T, B, D, M], [T, B, D, N] -> [D, M, N]``.
+
+    With samples, groups of rows that lie one after another: ``[samples, D, M, N]``.
+    """
     T, B, D, M = d.shape
-    return torch.bmm(d.view(T * B, D, M).permute(1, 2, 0), x.flatten(0, 1).transpose(0, 1))
+    if samples is None and D == 1:
+        return (d.view(T * B, M).t() @ x.reshape(T * B, x.shape[-1]))[None]
+    if samples is None:
+        return torch.bmm(d.view(T * B, D, M).permute(1, 2, 0), x.flatten(0, 1).transpose(0, 1))
+    groups = [t.unflatten(1, (samples, B // samples)).permute(1, 3, 0, 2, 4).flatten(2, 3) for t in (d, x)]
+    return torch.matmul(groups[0].mT, groups[1])
+
+
+def _bias_gradient(d: Tensor, samples: int | None) -> Tensor:
+    if samples is None:
+        return d.sum((0, 1))
+    return torch.sum(d.unflatten(1, (samples, d.shape[1] // samples)), (0, 2))
 
 
 recurrent = operator(
     "recurrent",
     settings="str cell",
     inputs="Tensor input, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor h0, Tensor? c0, "
-    "Tensor? reset, Tensor? lengths",
-    differentiable=8,
+    "Tensor? params, Tensor? scale, Tensor? stay, Tensor? reset, Tensor? lengths",
+    differentiable=9,
     outputs=5,  # y, h_n, c_n, cells, gates
     keeps=True,
     forward=_forward,
     shapes=_shapes,
     backward=_backward,
     formula=layer,
+    rows={"input": 1, "h0": 1, "c0": 1, "scale": 1, "stay": 1, "reset": 1, "lengths": 0},
+    summed=("params",),
 )

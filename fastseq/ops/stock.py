@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from ..implementation import gpu
 from ..reference import recurrent as reference
+from .crossover import trained
 from .library import needs_gradient
 
 Settings = tuple[bool, int, float, bool, bool]  # has_biases, num_layers, dropout, train, bidirectional
@@ -41,6 +42,10 @@ def stock(
             return operator(input, *arguments, batch_first)  # type: ignore[no-any-return]
         return operator(input, batch_sizes, *arguments)  # type: ignore[no-any-return]
 
+    if cell != "lstm" and batch_sizes is None:
+        found: tuple[Tensor, ...] | None = trained(cell, input, hx[0], params, *settings, batch_first)
+        if found is not None:
+            return found
     tensors = (input, *hx, *params)
     if not gpu(input) or not needs_gradient(tensors) or torch._C._are_functorch_transforms_active():
         return run(settings[3], *tensors)
