@@ -78,8 +78,9 @@ def _formula(
     stacks = reference.stacked(params, has_biases, num_layers, 2 if bidirectional else 1)
 
     def run(*args: Any) -> Any:
-        everything: Any = (cell, *args, None, on_device)
-        return reference.layer(*everything)
+        everything: Any = (cell, *args)
+        masks: Any = {"lengths": on_device}
+        return reference.layer(*everything, **masks)
 
     y, final, _ = reference.network(run, input, tuple(hx), stacks)
     if lengths is not None:

@@ -125,6 +125,9 @@ def resident(cell: str, H: int, dtype: torch.dtype, reads: str, limits: Limits) 
     return Plan("resident", why, block_b(limits), block_h, num_warps, reads)
 
 
+WIDEST = 16  # rows of the batch for cells that keep more than those in the table
+
+
 def listed(cell: str, H: int, dtype: torch.dtype, limits: Limits) -> list[Tiles]:
     """The tiles that the table has for a size, for each width of the batch one; the next larger size stands in.
 
@@ -138,7 +141,9 @@ def listed(cell: str, H: int, dtype: torch.dtype, limits: Limits) -> list[Tiles]
     alike = [name for name, of in table if of == kind and STEPS[name].gates >= STEPS[cell].gates]
     sizes = table[min(alike, key=lambda name: STEPS[name].gates), kind] if alike else {}
     enough = [size for size in sizes if size >= H]
-    return [Tiles(*row) for row in sizes[min(enough)]] if enough else []
+    tiles = [Tiles(*row) for row in sizes[min(enough)]] if enough else []
+    more = STEPS[cell].params > 0 or STEPS[cell].cells > 1
+    return [t for t in tiles if not more or t.block_b <= WIDEST]
 
 
 def persistent(cell: str, H: int, dtype: torch.dtype, reads: str, limits: Limits, B: int, D: int) -> Plan:
