@@ -297,8 +297,9 @@ def sequence(
     if lengths is not None:
         lengths = lengths.to(input.device, torch.int64, non_blocking=True)
         # Whatever stands behind a row's end, NaN included, must not be seen, nor reach the weights' gradients.
-        behind = torch.arange(input.shape[0], device=input.device)[:, None] >= lengths
-        input = input.masked_fill(behind[:, :, None], 0)
+        if way != "packed":
+            behind = torch.arange(input.shape[0], device=input.device)[:, None] >= lengths
+            input = input.masked_fill(behind[:, :, None], 0)
 
     if needs_gradient((input, *hx, *params)):
         keep = "cells" if recompute else "gates"
@@ -314,7 +315,7 @@ def sequence(
             scale = kept.to(input.dtype) / ((1 - recurrent_dropout) or 1.0)
         if zoneout:
             stay = _staying(zoneout, reference.CELLS[cell].cells, (T, B, D, 1, P) if train else None, input.device)
-        if name == "torch" and way in ("training", "onednn"):
+        if name == "torch" and way in ("training", "packed", "onednn"):
             found = crossover.run(way, cell, given, reset, lengths)
             if found is not None:
                 return found

@@ -17,6 +17,7 @@ from .library import needs_gradient
 REASONS = {
     "operator": "on the CPU PyTorch's own operator is the fastest",
     "training": "on the CPU, a loop over time that works in place",
+    "packed": "on the CPU, PyTorch's own operator on packed rows",
     "onednn": "on the CPU, PyTorch's own operator with gates held open or shut",
     "loop": "on the CPU, a loop over time in PyTorch",
 }
@@ -61,6 +62,8 @@ def engine(
     if cell == "lstm":
         projected = params[1].shape[0] != 4 * params[1].shape[1]
         return otherwise if plain or projected or onednn.refusal(*tensors) else "onednn"
+    if lengths and not reset and not needs_gradient(tensors) and training.refusal(cell, False, *tensors) is None:
+        return "packed"
     if training.refusal(cell, lengths, *tensors) is not None:
         return otherwise
     if not plain:
@@ -104,6 +107,27 @@ def run(way: str, cell: str, layer: Sequence[Any], reset: Tensor | None, lengths
     if way == "onednn":
         found = onednn.layer(input, w_ih, w_hh, b_ih, b_hh, h0, c0, reset, lengths)
         return None if found is None else (*found, None)
+    if way == "packed":
+        return _packed(cell, input, (w_ih, w_hh, b_ih, b_hh), h0, lengths)
     absent = [None] * len(w_ih)
     b_ih, b_hh = (absent if b is None else b for b in (b_ih, b_hh))
     return (*training.layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, reset, lengths), None, None)
+
+
+def _packed(cell: str, input: Tensor, stacks: Sequence[Any], h0: Tensor, lengths: Any) -> Any:
+    """A layer without a gradient: the rows sorted by length and packed, as PyTorch's operator wants them.
+
+    What stands behind a row's end is not looked at.
+    """
+    needed, order = lengths.clamp_min(1).sort(descending=True)
+    data, sizes = torch._pack_padded_sequence(input.index_select(1, order), needed, False)
+    weights = [w[d] for d in range(len(h0)) for w in stacks if w is not None]
+    state = h0.index_select(1, order)
+    settings = stacks[2] is not None, 1, 0.0, False, len(h0) == 2
+    y, h_n = getattr(torch, cell)(data, sizes, state, weights, *settings)
+    y, _ = torch._pad_packed_sequence(y, sizes, False, 0.0, input.shape[0])
+    back, none = order.argsort(), (lengths == 0)[:, None]
+    y, h_n = y.index_select(1, back), h_n.index_select(1, back)
+    if none.any():
+        y, h_n = y.masked_fill_(none, 0), torch.where(none, h0, h_n)
+    return y, h_n, None, None

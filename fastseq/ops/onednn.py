@@ -143,14 +143,17 @@ class Padded(torch.autograd.Function):
     def forward(ctx: Any, backwards: bool, reset: Any, lengths: Any, slots: Slots, *tensors: Any) -> Any:
         input, h0, c0, w_ih, w_hh, b_ih, b_hh = tensors
         (_, B, I), H = input.shape, w_hh.shape[1]  # noqa: E741  (the field's letter)
-        x = slots.put(input, I + 2)
-        x[:, I:] = slots.marks
+        x = slots.put(input, I + 3)
+        x[:, I : I + 2] = slots.marks
+        x[:, I + 2] = 1.0
         shut = w_ih.new_zeros(4, H, 2)
         shut[0] = shut[3] = shut[1, :, :1] = -_SHUT
         shut[1, :, 1] = _SHUT
-        w_in = torch.cat((w_ih, shut.view(4 * H, 2)), 1)
-        if b_ih is None:
-            b_ih = b_hh = w_ih.new_zeros(4 * H)
+        # The biases come as a weight of a column of ones: oneDNN adds their gradient up row by row, a product does not,
+        # and errs several times less.
+        bias = w_ih.new_zeros(4 * H) if b_ih is None else b_ih + b_hh
+        w_in = torch.cat((w_ih, shut.view(4 * H, 2), bias[:, None]), 1)
+        none = torch.zeros_like(bias)
         wanted = any(ctx.needs_input_grad)
         h, c = h0[slots.order], c0[slots.order]
         kept: list[Tensor] = []
@@ -159,7 +162,7 @@ class Padded(torch.autograd.Function):
         with torch.set_grad_enabled(wanted), torch._C._AutoDispatchBelowAutograd():
             for at, (x_group,) in slots.each(x):
                 found = torch.ops.aten.mkldnn_rnn_layer(
-                    x_group, w_in, w_hh, b_ih, b_hh, h[None, at], c[None, at],
+                    x_group, w_in, w_hh, none, none, h[None, at], c[None, at],
                     False, [], _LSTM, H, 1, True, False, False, wanted,
                 )  # fmt: skip
                 kept.extend(found if wanted else found[:1])
@@ -167,19 +170,19 @@ class Padded(torch.autograd.Function):
         out = torch.cat([o.flatten(0, 1) for o in kept[:: 4 if wanted else 1]])
         ctx.setting = backwards, slots
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(reset, lengths, *tensors, x, w_in, b_ih, b_hh, h, c, *kept)
+        ctx.save_for_backward(reset, lengths, *tensors, x, w_in, none, h, c, *kept)
         h_n = torch.where(slots.empty, h0, out[slots.ends])
         return slots.take(out, B), h_n, torch.empty_like(c).index_copy_(0, slots.order, last)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None) -> Any:
         reset, lengths, *saved = ctx.saved_tensors
-        tensors, (x, w_in, b_ih, b_hh, h, c), kept = saved[:7], saved[7:13], saved[13:]
+        tensors, (x, w_in, none, h, c), kept = saved[:7], saved[7:12], saved[12:]
         backwards, slots = ctx.setting
         if torch.is_grad_enabled():
             found = _differentiable(backwards, reset, lengths, tensors, (dy, dh_n, dc_n))
             return None, None, None, None, *found
-        w_hh, (B, H), I = tensors[4], h.shape, x.shape[1] - 2  # noqa: E741  (the field's letter)
+        w_hh, (B, H), I = tensors[4], h.shape, x.shape[1] - 3  # noqa: E741  (the field's letter)
         dout = x.new_zeros(len(x), H) if dy is None else slots.put(dy, H)
         dh, dc = torch.zeros_like(h), torch.zeros_like(c)
         if dh_n is not None:
@@ -189,19 +192,20 @@ class Padded(torch.autograd.Function):
         dx, totals, states = torch.empty_like(x), None, []
         for g, (at, (x_group, dout_group, dx_group)) in enumerate(slots.each(x, dout, dx)):
             out, h_last, c_last, workspace = kept[4 * g : 4 * g + 4]
-            of_x, *of_weights, of_h, of_c = torch.ops.aten.mkldnn_rnn_layer_backward(
-                x_group, w_in, w_hh, b_ih, b_hh, h[None, at], c[None, at], out, h_last, c_last,
+            of_x, *of_weights, _, _, of_h, of_c = torch.ops.aten.mkldnn_rnn_layer_backward(
+                x_group, w_in, w_hh, none, none, h[None, at], c[None, at], out, h_last, c_last,
                 dout_group, dh[None, at], dc[None, at],
                 False, _LSTM, H, 1, True, True, False, [], False, workspace,
             )  # fmt: skip
             dx_group.copy_(of_x)
             states.append((of_h[0], of_c[0]))
             totals = of_weights if totals is None else [a.add_(b) for a, b in zip(totals, of_weights, strict=True)]
-        dw_in, dw_hh, db_ih, db_hh = totals  # type: ignore[misc]
+        dw_in, dw_hh = totals  # type: ignore[misc]
+        db = dw_in[:, I + 2]
         dh0, dc0 = (torch.empty_like(h).index_copy_(0, slots.order, torch.cat(s)) for s in zip(*states, strict=True))
         if dh_n is not None:
             dh0 += dh_n.masked_fill(~slots.empty, 0)
-        gradients = slots.take(dx, B)[:, :, :I], dh0, dc0, dw_in[:, :I], dw_hh, db_ih, db_hh
+        gradients = slots.take(dx, B)[:, :, :I], dh0, dc0, dw_in[:, :I], dw_hh, db, db.clone()
         needs = ctx.needs_input_grad[4:]
         return None, None, None, None, *(g if need else None for g, need in zip(gradients, needs, strict=True))
 

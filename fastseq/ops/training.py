@@ -176,7 +176,7 @@ class Trained(torch.autograd.Function):
         (T, B, _), H = input.shape, w_hh.shape[1]
         if b_ih is None:
             b_ih = b_hh = input.new_zeros(step.gates * H)
-        w = w_hh.t().contiguous() if H <= _TRANSPOSED else w_hh.t()
+        w = w_hh.t().contiguous() if B > 1 and H <= _TRANSPOSED else w_hh.t()
         states, gates = input.new_empty(T + 1, B, H), input.new_empty(T, B, step.saved, H)
         states[0].copy_(h0)
         C, chunks = _chunks(T, B, max(1, step.saved) * H)
@@ -235,6 +235,9 @@ class Trained(torch.autograd.Function):
         factors = d if C == T else d.new_empty(C, B, step.gradients, H)
         keep, dh_rows = d.new_empty(C, B, H if step.saved else 0), d.new_empty(C, B, 1, H)
         views, row_at, at = step.backward_views(factors, keep), dh_rows.unbind(), dh_rows[:, :, 0].unbind()
+        # A single row times a matrix is added up term by term; where the matrix lies transposed, in several parts,
+        # which errs less.
+        w = w_hh.t().contiguous().t() if B == 1 else w_hh
         for start, n in reversed(chunks):
             now = slice(start, start + n)
             step.derive(factors[:n], keep[:n], gates[now], before[now], after[now])
@@ -246,10 +249,10 @@ class Trained(torch.autograd.Function):
             row, dh = carry, carry[:, 0]
             for k in range(n - 1, -1, -1):
                 if resets is None or not resets.any[start + k]:
-                    step.backward(views[k], dh, row, at[k], w_hh)
+                    step.backward(views[k], dh, row, at[k], w)
                 else:
                     carried = torch.zeros_like(dh)
-                    step.backward(views[k], dh, row, carried, w_hh)
+                    step.backward(views[k], dh, row, carried, w)
                     at[k].add_(resets.zero(carried, start + k))
                 dh, row = at[k], row_at[k]
             carry = row.clone()

@@ -16,6 +16,7 @@ SIZES = [
     *((cell, dtype, H, 16, False) for (cell, dtype), H in itertools.product(STOCK, (256, 700, 1024))),
     *((cell, torch.bfloat16, 512, 64, False) for cell in ("lstm", "gru")),
     *((cell, dtype, 512, 16, True) for cell, dtype in STOCK),
+    *(("rnn_tanh", dtype, H, 16, False) for dtype, H in ((torch.bfloat16, 1024), (torch.float32, 512))),
     *((cell, torch.bfloat16, 512, 16, True) for cell in ("peephole_lstm", "slstm", "mgu")),
 ]
 
