@@ -283,6 +283,7 @@ def sequence(
         name = choose_sequence(cell, input, params, steps, not plain, way).name
         if forward_mode and chosen() == "auto":
             name = "reference"  # operators, PyTorch's fused ones included, have no forward mode
+        way = way if name == "torch" else ""
         if plain and name == "torch":
             settings = (has_biases, num_layers, dropout, train, bidirectional)
             return stock(cell, input, hx, params, settings, batch_first, batch_sizes)
@@ -315,7 +316,7 @@ def sequence(
             scale = kept.to(input.dtype) / ((1 - recurrent_dropout) or 1.0)
         if zoneout:
             stay = _staying(zoneout, reference.CELLS[cell].cells, (T, B, D, 1, P) if train else None, input.device)
-        if name == "torch" and way in ("training", "packed", "onednn"):
+        if way in ("training", "packed", "onednn"):
             found = crossover.run(way, cell, given, reset, lengths)
             if found is not None:
                 return found

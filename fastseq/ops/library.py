@@ -1,6 +1,6 @@
 """How an operator of ours is registered, and what all their gradients share."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -243,6 +243,20 @@ def second_order(
             )
     flows = {id(t): g for t, g in zip(variables, found, strict=True)}
     return [flows.get(id(t)) for t in x], [flows.get(id(t)) for t in v]
+
+
+def differentiated(
+    formula: Function, inputs: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
+) -> Iterator[Tensor | None]:
+    """The gradients of ``formula(*inputs)`` with a graph of their own, for a Function whose own gradient has none."""
+    # A view each, so that a tensor given twice is two variables here.
+    leaves = [None if t is None else t.view_as(t) for t in inputs]
+    pairs = [(o, g) for o, g in zip(formula(*leaves), cotangents, strict=True) if g is not None]
+    wanted = [t for t in leaves if t is not None and t.requires_grad]
+    found = iter(
+        torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True)
+    )
+    return (next(found) if t is not None and t.requires_grad else None for t in leaves)
 
 
 def _variable(t: Tensor, wanted: bool) -> Tensor:

@@ -9,8 +9,9 @@ end is turned round row by row, so that the operator only ever runs forward.
 Letters: T time, B batch, I input, H hidden, S slots: the operator's steps, those put in among them.
 """
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..reference import recurrent as reference
+from .library import differentiated
 
 _SHUT = 1e4
 _STEP = 6  # rows whose products cost what a step costs besides, whatever the hidden size
@@ -180,8 +182,8 @@ class Padded(torch.autograd.Function):
         tensors, (x, w_in, none, h, c), kept = saved[:7], saved[7:12], saved[12:]
         backwards, slots = ctx.setting
         if torch.is_grad_enabled():
-            found = _differentiable(backwards, reset, lengths, tensors, (dy, dh_n, dc_n))
-            return None, None, None, None, *found
+            formula = functools.partial(_formula, backwards, reset, lengths)
+            return None, None, None, None, *differentiated(formula, tensors, (dy, dh_n, dc_n))
         w_hh, (B, H), I = tensors[4], h.shape, x.shape[1] - 3  # noqa: E741  (the field's letter)
         dout = x.new_zeros(len(x), H) if dy is None else slots.put(dy, H)
         dh, dc = torch.zeros_like(h), torch.zeros_like(c)
@@ -210,29 +212,17 @@ class Padded(torch.autograd.Function):
         return None, None, None, None, *(g if need else None for g, need in zip(gradients, needs, strict=True))
 
 
-def _differentiable(
-    backwards: bool,
-    reset: Tensor | None,
-    lengths: Tensor | None,
-    tensors: Sequence[Tensor | None],
-    grads: Sequence[Tensor | None],
-) -> Iterator[Tensor | None]:
-    """The gradients with a graph of their own, by the reference."""
-    leaves: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
-    input, *rest = leaves
+def _formula(
+    backwards: bool, reset: Tensor | None, lengths: Tensor | None, *tensors: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by the reference."""
+    input, *rest = tensors
     copies = 2 if backwards else 1  # the reference reads backwards only in its second direction
     h0, c0, *weights = (None if t is None else t.expand(copies, *t.shape) for t in rest)
-    given: Any = (input, *weights, None, h0, c0)
+    given: Any = ("lstm", input, *weights, None, h0, c0)
     masks: Any = {"reset": reset, "lengths": lengths}
-    y, h_n, c_n, _ = reference.layer("lstm", *given, **masks)
-    H = h_n.shape[-1]
-    outputs = y[:, :, -H:], h_n[-1], c_n[-1]  # type: ignore[index]
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
-    wanted = [t for t in leaves if t is not None and t.requires_grad]
-    found = iter(
-        torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True)
-    )
-    return (next(found) if t is not None and t.requires_grad else None for t in leaves)
+    y, h_n, c_n, _ = reference.layer(*given, **masks)
+    return y[:, :, -h_n.shape[-1] :], h_n[-1], c_n[-1]  # type: ignore[index]
 
 
 def layer(

@@ -9,13 +9,15 @@ runs on unseen: no gradient enters behind its end, so none leaves.
 Letters: T time, B batch, I input, H hidden, C steps in a chunk, S saved values per hidden unit.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..reference import recurrent as reference
+from .library import differentiated
 
 _CHUNK_STEPS = 32  # more would not hide more overhead
 _CHUNK_VALUES = 1 << 17  # of a chunk's gates: 512 KiB of fp32, half of a common L2 cache
@@ -216,7 +218,8 @@ class Trained(torch.autograd.Function):
     def _backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None) -> Any:
         reset, lengths, *tensors, states, gates = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return None, None, None, *_differentiable(ctx.cell, reset, lengths, tensors, (dy, dh_n))
+            formula = functools.partial(_formula, ctx.cell, reset, lengths)
+            return None, None, None, *differentiated(formula, tensors, (dy, dh_n))
         input, h0, w_ih, w_hh, b_ih, _ = tensors
         step, needs = STEPS[ctx.cell], ctx.needs_input_grad[3:]
         (T, B, _), H = input.shape, w_hh.shape[1]
@@ -294,25 +297,14 @@ def _ending(T: int, lengths: Tensor, dy: Tensor | None, dh_n: Tensor) -> tuple[T
     return dy, dh_n.masked_fill(~none, 0)
 
 
-def _differentiable(
-    cell: str,
-    reset: Tensor | None,
-    lengths: Tensor | None,
-    tensors: Sequence[Tensor | None],
-    grads: Sequence[Tensor | None],
-) -> Iterator[Tensor | None]:
-    """The gradients with a graph of their own, by the reference."""
-    leaves: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
-    input, *rest = leaves
+def _formula(cell: str, reset: Tensor | None, lengths: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same by the reference."""
+    input, *rest = tensors
     h0, *weights = (None if t is None else t[None] for t in rest)
     given: Any = (cell, input, *weights, None, h0, None)
     masks: Any = {"reset": reset, "lengths": lengths}
     y, h_n, *_ = reference.layer(*given, **masks)
-    pairs = [(o, g) for o, g in zip((y, h_n[0]), grads, strict=True) if g is not None]
-    wanted = [t for t in leaves if t is not None and t.requires_grad]
-    outputs, cotangents = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(outputs, wanted, cotangents, create_graph=True, allow_unused=True))
-    return (next(found) if t is not None and t.requires_grad else None for t in leaves)
+    return y, h_n[0]
 
 
 def layer(
