@@ -13,16 +13,18 @@ ROOMS = ROOT / "fastseq"
 
 # For each room the rooms it may import at module level; within a function (inside the call) see LAZILY.
 MAY_KNOW = {
-    "__init__": {"cells", "flash", "functional", "huggingface", "implementation", "nn", "swap", "testing"},
+    "__init__": {"bias", "cells", "flash", "functional", "huggingface", "implementation", "nn", "swap", "testing"},
     "__main__": {"cli"},
     "cli": {"__init__", "functional", "implementation", "nn", "stopwatch", "swap"},
-    "swap": {"nn"},
+    "models": {"bias", "functional", "nn"},
+    "swap": {"bias", "functional", "huggingface", "nn"},
     "testing": {"implementation", "nn"},
     "cells": {"nn", "reference"},
-    "nn": {"dynamo", "functional", "implementation", "reference"},
+    "nn": {"bias", "dynamo", "functional", "implementation", "reference"},
     "flash": {"implementation", "ops"},
-    "functional": {"implementation", "ops", "reference"},
-    "huggingface": {"functional", "implementation"},
+    "functional": {"bias", "implementation", "ops", "reference"},
+    "bias": set(),
+    "huggingface": {"bias", "functional", "implementation"},
     "ops": {"implementation", "reference"},
     "implementation": set(),
     "reference": set(),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..reference import recurrent as reference
-from .library import differentiated
+from .library import differentiated, needs_gradient
 
 _SHUT = 1e4
 _STEP = 6  # rows whose products cost what a step costs besides, whatever the hidden size
@@ -137,12 +137,14 @@ def refusal(*tensors: Tensor) -> str | None:
 class Padded(torch.autograd.Function):
     """One layer in one direction: y ``[T, B, H]``, h_n and c_n ``[B, H]``.
 
-    Takes ``(backwards, reset, lengths, slots, input, h0, c0, w_ih, w_hh, b_ih, b_hh)``;
-    behind a row's end the input is finite.
+    Takes ``(wanted, backwards, reset, lengths, slots, input, h0, c0, w_ih, w_hh, b_ih, b_hh)``, of which ``wanted``
+    says whether a gradient will be; behind a row's end the input is finite.
     """
 
     @staticmethod
-    def forward(ctx: Any, backwards: bool, reset: Any, lengths: Any, slots: Slots, *tensors: Any) -> Any:
+    def forward(
+        ctx: Any, wanted: bool, backwards: bool, reset: Any, lengths: Any, slots: Slots, *tensors: Any
+    ) -> Any:
         input, h0, c0, w_ih, w_hh, b_ih, b_hh = tensors
         (_, B, I), H = input.shape, w_hh.shape[1]  # noqa: E741  (the field's letter)
         x = slots.put(input, I + 3)
@@ -156,7 +158,6 @@ class Padded(torch.autograd.Function):
         bias = w_ih.new_zeros(4 * H) if b_ih is None else b_ih + b_hh
         w_in = torch.cat((w_ih, shut.view(4 * H, 2), bias[:, None]), 1)
         none = torch.zeros_like(bias)
-        wanted = any(ctx.needs_input_grad)
         h, c = h0[slots.order], c0[slots.order]
         kept: list[Tensor] = []
         last = torch.empty_like(c)
@@ -183,7 +184,7 @@ class Padded(torch.autograd.Function):
         backwards, slots = ctx.setting
         if torch.is_grad_enabled():
             formula = functools.partial(_formula, backwards, reset, lengths)
-            return None, None, None, None, *differentiated(formula, tensors, (dy, dh_n, dc_n))
+            return *[None] * 5, *differentiated(formula, tensors, (dy, dh_n, dc_n))
         w_hh, (B, H), I = tensors[4], h.shape, x.shape[1] - 3  # noqa: E741  (the field's letter)
         dout = x.new_zeros(len(x), H) if dy is None else slots.put(dy, H)
         dh, dc = torch.zeros_like(h), torch.zeros_like(c)
@@ -208,8 +209,8 @@ class Padded(torch.autograd.Function):
         if dh_n is not None:
             dh0 += dh_n.masked_fill(~slots.empty, 0)
         gradients = slots.take(dx, B)[:, :, :I], dh0, dc0, dw_in[:, :I], dw_hh, db, db.clone()
-        needs = ctx.needs_input_grad[4:]
-        return None, None, None, None, *(g if need else None for g, need in zip(gradients, needs, strict=True))
+        needs = ctx.needs_input_grad[5:]
+        return *[None] * 5, *(g if need else None for g, need in zip(gradients, needs, strict=True))
 
 
 def _formula(
@@ -238,10 +239,11 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """One layer as ``fastseq.reference.recurrent.layer`` of an LSTM; None where a NaN might outlive a reset."""
     (T, B, _), runs = input.shape, []
+    wanted = needs_gradient([input, w_ih, w_hh, b_ih, b_hh, h0, c0])
     for d in range(len(w_ih)):
         slots = Slots.of(T, B, reset, lengths, backwards=d == 1)
         weights = (None if w is None else w[d] for w in (w_ih, w_hh, b_ih, b_hh))
-        run: Any = Padded.apply(d == 1, reset, lengths, slots, input, h0[d], c0[d], *weights)  # type: ignore[no-untyped-call]
+        run: Any = Padded.apply(wanted, d == 1, reset, lengths, slots, input, h0[d], c0[d], *weights)  # type: ignore[no-untyped-call]
         if reset is not None and not math.isfinite(run[0].detach().sum().item() + run[2].detach().sum().item()):
             return None
         runs.append(run)
