@@ -1,5 +1,6 @@
 """fastseq: drop-in sequence modules for PyTorch, on fused Triton kernels where there is a GPU."""
 
+from . import bias as bias
 from . import functional as functional
 from . import huggingface as huggingface
 from . import nn as nn
@@ -19,16 +20,21 @@ from .nn import GRUCell as GRUCell
 from .nn import KVCache as KVCache
 from .nn import LayerNormGRU as LayerNormGRU
 from .nn import LayerNormLSTM as LayerNormLSTM
+from .nn import LearnedEmbedding as LearnedEmbedding
 from .nn import LSTMCell as LSTMCell
 from .nn import MultiheadAttention as MultiheadAttention
 from .nn import PeepholeLSTM as PeepholeLSTM
+from .nn import RelativeMultiheadAttention as RelativeMultiheadAttention
 from .nn import RNNCell as RNNCell
 from .nn import RotaryEmbedding as RotaryEmbedding
+from .nn import SinusoidalEmbedding as SinusoidalEmbedding
+from .nn import T5Attention as T5Attention
 from .nn import Transformer as Transformer
 from .nn import TransformerDecoder as TransformerDecoder
 from .nn import TransformerDecoderLayer as TransformerDecoderLayer
 from .nn import TransformerEncoder as TransformerEncoder
 from .nn import TransformerEncoderLayer as TransformerEncoderLayer
+from .nn import XLNetAttention as XLNetAttention
 from .swap import restore as restore
 from .swap import swap as swap
 

@@ -5,8 +5,10 @@ import torch
 from .attention import MultiheadAttention
 from .cache import KVCache
 from .cells import MGU, SLSTM, LayerNormGRU, LayerNormLSTM, PeepholeLSTM
-from .position import RotaryEmbedding
+from .position import LearnedEmbedding, RotaryEmbedding, SinusoidalEmbedding
 from .recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .relative import RelativeMultiheadAttention, XLNetAttention
+from .t5 import T5Attention
 from .transformer import (
     Transformer,
     TransformerDecoder,
@@ -27,15 +29,20 @@ __all__ = [
     "LSTMCell",
     "LayerNormGRU",
     "LayerNormLSTM",
+    "LearnedEmbedding",
     "MultiheadAttention",
     "PeepholeLSTM",
     "RNNCell",
+    "RelativeMultiheadAttention",
     "RotaryEmbedding",
+    "SinusoidalEmbedding",
+    "T5Attention",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
+    "XLNetAttention",
 ]
 
 REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
