@@ -120,9 +120,9 @@ def test_everything_runs_without_triton() -> None:
 def test_import_is_light_and_loads_neither_triton_nor_dynamo() -> None:
     done = run("""
         import sys, time, torch
-        start = time.perf_counter()
+        start = time.process_time()  # not of what else the machine does
         import fastseq
-        print(time.perf_counter() - start)
+        print(time.process_time() - start)
         assert "triton" not in sys.modules, "triton"
         assert "torch._dynamo" not in sys.modules, "torch._dynamo"
         assert "rich" not in sys.modules, "rich"

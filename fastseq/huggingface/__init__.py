@@ -5,10 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import scaled_dot_product_attention
-from .implementation import Unsupported
+from ..bias import Bias
+from ..functional import scaled_dot_product_attention
+from ..implementation import Unsupported
 
 __all__ = ["register"]
+
+NAME = "fastseq"  # of the implementation that fastseq.swap sets
 
 # From this version on T5 hands over its position bias, and BERT its attention.
 _OLDEST = (5, 15)
@@ -33,7 +36,7 @@ _PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "s
 _REFUSED = {"s_aux": "attention sinks", "cache": "a paged cache", **dict.fromkeys(_PACKING, "packing without a mask")}
 
 
-def register(name: str = "fastseq") -> None:
+def register(name: str = NAME) -> None:
     """Make fastseq an attention implementation of transformers, for every model that lets one be chosen.
 
     Models ask for it with ``from_pretrained(..., attn_implementation=name)`` or
@@ -78,7 +81,7 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    position_bias: Tensor | None = None,
+    position_bias: Tensor | Bias | float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
     **keywords: Any,
@@ -86,7 +89,8 @@ def attention(
     """What a model calls: query ``[B, N, Q, D]``, key and value ``[B, M, K, D]``; output ``[B, Q, N, D]``, weights.
 
     The mask is what transformers' ``sdpa_mask`` made: None, or bool ``[B, 1, Q, K]``, true where a query may look;
-    or what the user passed in its place, bool or float.
+    or what the user passed in its place, bool or float. The bias may be one of ``fastseq.bias``, which no model of
+    transformers knows but those that ``fastseq.swap`` turned, or a number, which changes no weight.
 
     Raises:
         Unsupported: a keyword asks for what fastseq's attention does not do.
@@ -110,8 +114,9 @@ def attention(
             window = (sliding_window - 1, sliding_window - 1)
 
     results = scaled_dot_product_attention(
-        query, key, value, attention_mask, dropout, causal,
-        scale=scaling, enable_gqa=getattr(module, "num_key_value_groups", 1) > 1, bias=position_bias, window=window,
+        query, key, value, attention_mask, dropout, causal, scale=scaling,
+        enable_gqa=getattr(module, "num_key_value_groups", 1) > 1, window=window,
+        bias=None if isinstance(position_bias, int | float) else position_bias,
         softcap=softcap, return_weights=_weights_are_wanted(keywords),
     )  # fmt: skip
     out, weights = results if isinstance(results, tuple) else (results, None)
