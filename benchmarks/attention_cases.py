@@ -2,8 +2,8 @@
 
 Letters: B batch, N heads, M key heads (0: as many), Q and K queries and keys, D width of a head, E that of a value
 (0: as wide). Features are words joined by ``+``: ``causal``, ``padding`` (a bool mask of keys), ``dense`` (a
-constant float mask), ``bias`` (learned: it gets a gradient), ``dropout``, ``weights`` (returned, averaged over the
-heads), ``window``, ``softcap``.
+constant float mask), ``bias`` (learned: it gets a gradient), ``t5`` and ``xl`` (T5's and Transformer-XL's relative
+positions, learned too), ``dropout``, ``weights`` (returned, averaged over the heads), ``window``, ``softcap``.
 """
 
 import copy
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import fastseq
 from fastseq import functional
 
-WORDS = ("causal", "padding", "dense", "bias", "dropout", "weights", "window", "softcap")
+WORDS = ("causal", "padding", "dense", "bias", "t5", "xl", "dropout", "weights", "window", "softcap")
 SOFTCAP = 5.0  # low enough to bend scores of order 1 by more than a rounding
 DROPOUT = 0.1
 FLEX_FROM = 1024  # keys: compiling FlexAttention takes seconds for each case, and below it has no users
@@ -79,7 +79,8 @@ class Attention:
         share = 0.5 if left < 0 and right == 0 else 1.0
         if left >= 0:
             share = min(1.0, (left + 1 + max(right, 0)) / self.K)
-        scores = 2.0 * self.B * self.N * self.Q * self.K * share * (self.D + (self.E or self.D))
+        of_scores = self.D * (2 if "xl" in self.features else 1)
+        scores = 2.0 * self.B * self.N * self.Q * self.K * share * (of_scores + (self.E or self.D))
         width = self.N * self.D
         products = 2.0 * self.B * self.Q * width**2 * {"mha": 4, "encoder": 12}.get(self.kind, 0)
         return scores * 3.5 + products * 3 if self.mode == "train" else scores + products
@@ -131,13 +132,17 @@ def inputs_of(case: Attention, device: str) -> Inputs:
     def asked(word: str) -> bool:
         return word in case.features
 
+    def learned(word: str, *shape: int) -> Tensor | None:
+        return random(case.dtype, device, *shape).requires_grad_(train) if asked(word) else None
+
     E = case.E or D
     left, right = case.band
     return Inputs(
         heads(Q, N, D), heads(K, M, D), heads(K, M, E), heads(Q, N, E).detach(),
         padding=_padding(B, K, device)[:, None, None] if asked("padding") else None,
         dense=random(case.dtype, device, B, 1, Q, K) if asked("dense") else None,
-        bias=random(case.dtype, device, 1, N, Q, K).requires_grad_(train) if asked("bias") else None,
+        bias=learned("bias", 1, N, Q, K), table=learned("t5", 32, N),
+        r=learned("xl", K, N, D), u=learned("xl", N, D), w=learned("xl", N, D),
         seed=torch.tensor([1], device=device) if asked("dropout") else None,
         left=left, right=right,
         softcap=SOFTCAP if asked("softcap") else 0.0,
@@ -216,6 +221,10 @@ def _ours(case: Attention, inputs: Inputs) -> Callable[[], Any]:
         "return_weights": "mean" if inputs.weights else None,
     }
     options |= {name: value for name, value in more.items() if value is not None}
+    if inputs.table is not None:
+        options["bias"] = fastseq.bias.T5(inputs.table)
+    if inputs.r is not None:
+        options["bias"] = fastseq.bias.TransformerXL(inputs.r, inputs.u, inputs.w)
     return lambda: functional.scaled_dot_product_attention(inputs.query, inputs.key, inputs.value, **options)
 
 

@@ -21,26 +21,31 @@ from torch import Tensor
 
 from fastseq import stopwatch
 from fastseq.ops import blockwise
+from fastseq.ops.attention import TENSORS
 
 PEER = "torch: causal"
 CASES = (
     PEER, "fastseq: causal", "fastseq: causal and padding", "torch: causal and padding, one mask",
     "fastseq: window of 256", "fastseq: causal, dropout", "fastseq: causal, softcap", "fastseq: bias of keys, learned",
+    "fastseq: ALiBi", "fastseq: T5, learned", "fastseq: Transformer-XL", "fastseq: XLNet, segments and order",
 )  # fmt: skip
 
 
 def attend(
-    x: list[Tensor], dout: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, **chosen: Any
+    x: list[Tensor], dout: Tensor, learned: str = "", terms: dict[str, Tensor] | None = None, **chosen: Any
 ) -> None:
-    """Forward and backward as the operator calls them."""
+    """Forward and backward as the operator calls them; of bias and distance, ``learned`` gets a gradient."""
     options = {
         "scale": 1 / math.sqrt(x[0].shape[3]), "left": -1, "right": -1, "lower_right": False, "softcap": 0.0,
-        "dropout_p": 0.0, "max_q": 0, "max_k": 0, "weights": "", "allow_tf32": False,
+        "dropout_p": 0.0, "max_q": 0, "max_k": 0, "weights": "", "allow_tf32": False, "distance_zero": 0,
+        "position_zero": 0,
     } | chosen  # fmt: skip
-    given = *x, bias, mask, None, None, torch.tensor([1])
+    named = dict(zip(("query", "key", "value"), x, strict=True)) | (terms or {}) | {"seed": torch.tensor([1])}
+    given = [named.get(name) for name in TENSORS]
     with torch.no_grad():
         out, lse, _ = blockwise.attention_forward(*given, **options)
-        blockwise.attention_backward(dout, None, None, *given, out, lse, **options, bias_gradient=bias is not None)
+        gradients = {f"{name}_gradient": name == learned for name in ("bias", "distance")}
+        blockwise.attention_backward(dout, None, None, *given, out, lse, **options, **gradients)
 
 
 def by_torch(x: list[Tensor], dout: Tensor, make_mask: Callable[[], Tensor] | None = None) -> None:
@@ -61,6 +66,11 @@ def run(case: str, length: int, heads: int, width: int) -> int:
     *x, dout = (torch.randn(1, length, heads, width).transpose(1, 2) for _ in range(4))
     padding = (torch.arange(length) < length - length // 8)[None, None, None]
     bias = torch.randn(1, heads, 1, length)
+    alibi, t5 = (torch.randn(1, heads, entries) for entries in (length, 257))
+    positions = {"position_query": torch.randn_like(dout), "position_key": torch.randn(1, heads, length, width)}
+    both = torch.arange(length, dtype=torch.int32)[None]
+    segments = {"segment": torch.randn(1, heads, length, 2), "segment_q": both // 700, "segment_k": both // 700}
+    ranks = {"rank_q": both[None], "rank_k": both}
     before = peak_kib()
     calls: dict[str, Callable[[], None]] = {
         "torch: causal": lambda: by_torch(x, dout),
@@ -68,11 +78,17 @@ def run(case: str, length: int, heads: int, width: int) -> int:
             x, dout, lambda: padding & torch.ones(length, length, dtype=torch.bool).tril()
         ),
         "fastseq: causal": lambda: attend(x, dout, right=0),
-        "fastseq: causal and padding": lambda: attend(x, dout, mask=padding, right=0),
+        "fastseq: causal and padding": lambda: attend(x, dout, terms={"mask": padding}, right=0),
         "fastseq: window of 256": lambda: attend(x, dout, left=256, right=0),
         "fastseq: causal, dropout": lambda: attend(x, dout, right=0, dropout_p=0.1),
         "fastseq: causal, softcap": lambda: attend(x, dout, right=0, softcap=30.0),
-        "fastseq: bias of keys, learned": lambda: attend(x, dout, bias=bias, right=0),
+        "fastseq: bias of keys, learned": lambda: attend(x, dout, "bias", {"bias": bias}, right=0),
+        "fastseq: ALiBi": lambda: attend(x, dout, terms={"distance": alibi}, distance_zero=length - 1, right=0),
+        "fastseq: T5, learned": lambda: attend(x, dout, "distance", {"distance": t5}, distance_zero=128),
+        "fastseq: Transformer-XL": lambda: attend(x, dout, terms=positions, position_zero=length - 1, right=0),
+        "fastseq: XLNet, segments and order": lambda: attend(
+            x, dout, terms=positions | segments | ranks, position_zero=length - 1
+        ),
     }
     calls[case]()
     return peak_kib() - before

@@ -4,6 +4,8 @@ What does not change from call to call is made once, outside the timing, as a mo
 masks combined into one, block masks, compiling. A learned bias changes, so what is added to it is in the timing.
 """
 
+import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,8 @@ class Inputs:
     """One attention: query ``[B, N, Q, D]``, key ``[B, M, K, D]``, value ``[B, M, K, E]``, gradient ``[B, N, Q, E]``.
 
     ``padding`` bool ``[B, 1, 1, K]``; ``dense`` float ``[B, 1, Q, K]``; ``bias`` learned ``[1, N, Q, K]``.
+    ``table`` ``[32, N]`` is T5's; ``r`` ``[K, N, D]``, its last row for distance 0, with ``u`` and ``w`` ``[N, D]``
+    Transformer-XL's.
     """
 
     query: Tensor
@@ -34,6 +38,10 @@ class Inputs:
     padding: Tensor | None = None
     dense: Tensor | None = None
     bias: Tensor | None = None
+    table: Tensor | None = None
+    r: Tensor | None = None
+    u: Tensor | None = None
+    w: Tensor | None = None
     seed: Tensor | None = None
     left: int = -1
     right: int = -1
@@ -48,7 +56,26 @@ class Inputs:
     @property
     def wanted(self) -> Tensors:
         """What a backward pass is asked for."""
-        return tuple(t for t in (self.query, self.key, self.value, self.bias) if t is not None)
+        return tuple(t for t in (self.query, self.key, self.value, *self.learned) if t is not None)
+
+    @property
+    def learned(self) -> tuple[Tensor | None, ...]:
+        return self.bias, self.table, self.r, self.u, self.w
+
+    @property
+    def content(self) -> Tensor:
+        """The query of the product with the keys."""
+        return self.query if self.u is None else self.query + self.u[:, None]
+
+    def added_by_learning(self) -> Tensor | None:
+        """The learned bias, made anew for each call as a model does: ``[1 or B, N, Q, K]``."""
+        if self.table is not None:
+            return self.table[buckets(self.query.shape[2], self.key.shape[2], self.query.device)].permute(2, 0, 1)[None]
+        if self.r is None or self.w is None:
+            return self.bias
+        products = (self.query + self.w[:, None]) @ self.r.permute(1, 2, 0) * self.query.shape[-1] ** -0.5
+        B, N, Q, K = products.shape  # the shift of Dai et al. 2019: a column put in front, and read as rows one longer
+        return F.pad(products, (1, 0)).view(B, N, K + 1, Q)[:, :, 1:].view(B, N, Q, K)
 
     def visible(self) -> Tensor | None:
         """Padding and band in one bool mask that broadcasts to the scores; None where all is seen."""
@@ -65,6 +92,18 @@ class Inputs:
             return self.dense
         zero = torch.zeros((), dtype=self.query.dtype, device=self.query.device) if self.dense is None else self.dense
         return torch.where(seen, zero, -torch.inf)
+
+
+def bucket_of(rel: Tensor) -> Tensor:
+    """T5's bucket of a distance, of 32 for both sides (Raffel et al. 2020)."""
+    far = 8 + (torch.log(rel.abs().clamp(min=1) / 8) / math.log(128 / 8) * 8).long()
+    return (rel > 0) * 16 + torch.where(rel.abs() < 8, rel.abs(), far.clamp(max=15))
+
+
+@functools.cache
+def buckets(Q: int, K: int, device: torch.device) -> Tensor:
+    """The bucket of each query and key, made once."""
+    return bucket_of(torch.arange(K, device=device) - torch.arange(Q, device=device)[:, None])
 
 
 def trained(inputs: Inputs, attend: Callable[[], Any], train: bool) -> Callable[[], Any]:
@@ -84,25 +123,29 @@ def sdpa(inputs: Inputs) -> Callable[[], Tensor] | None:
     """``F.scaled_dot_product_attention``, whose every mask has to be one; None for what it cannot do."""
     if inputs.softcap or inputs.weights:
         return None
-    call = (inputs.query, inputs.key, inputs.value)
     options: dict[str, Any] = {"dropout_p": inputs.dropout_p, "enable_gqa": inputs.grouped}
-    only_causal = inputs.right == 0 and inputs.left < 0 and inputs.padding is inputs.dense is inputs.bias is None
+    if any(t is not None for t in inputs.learned):
+        added = inputs.added()
+
+        def attend() -> Tensor:
+            bias = inputs.added_by_learning()
+            mask = bias if added is None else bias + added
+            return F.scaled_dot_product_attention(inputs.content, inputs.key, inputs.value, attn_mask=mask, **options)
+
+        return attend
+    call = (inputs.query, inputs.key, inputs.value)
+    only_causal = inputs.right == 0 and inputs.left < 0 and inputs.padding is inputs.dense is None
     if only_causal:
         return lambda: F.scaled_dot_product_attention(*call, is_causal=True, **options)
-    bias = inputs.bias
-    if bias is not None:
-        added = inputs.added()
-        if added is None:
-            return lambda: F.scaled_dot_product_attention(*call, attn_mask=bias, **options)
-        return lambda: F.scaled_dot_product_attention(*call, attn_mask=bias + added, **options)
     mask = inputs.visible() if inputs.dense is None else inputs.added()
     return lambda: F.scaled_dot_product_attention(*call, attn_mask=mask, **options)
 
 
 def chosen_backend(inputs: Inputs) -> str:
     """The backend that ``F.scaled_dot_product_attention`` takes by itself; asked in the grad mode of the run."""
-    mask = inputs.bias if inputs.bias is not None else inputs.added() if inputs.dense is not None else inputs.visible()
-    causal = inputs.right == 0 and inputs.left < 0 and inputs.padding is inputs.dense is inputs.bias is None
+    bias = inputs.added_by_learning()
+    mask = bias if bias is not None else inputs.added() if inputs.dense is not None else inputs.visible()
+    causal = inputs.right == 0 and inputs.left < 0 and inputs.padding is inputs.dense is bias is None
     number = torch._fused_sdp_choice(
         inputs.query, inputs.key, inputs.value, None if causal else mask, inputs.dropout_p, causal,
         enable_gqa=inputs.grouped,
@@ -121,19 +164,19 @@ def formula(inputs: Inputs) -> Callable[[], Any]:
     added = inputs.added()
 
     def attend() -> Any:
-        out, weights = _formula(inputs, inputs.bias, added, None)
+        out, weights = _formula(inputs, added, None)
         return (out, weights.mean(1)) if inputs.weights else out
 
     return attend
 
 
-def _formula(inputs: Inputs, bias: Tensor | None, added: Tensor | None, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+def _formula(inputs: Inputs, added: Tensor | None, kept: Tensor | None) -> tuple[Tensor, Tensor]:
     groups = inputs.query.shape[1] // inputs.key.shape[1]
     key, value = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (inputs.key, inputs.value))
-    scores = (inputs.query * inputs.query.shape[-1] ** -0.5) @ key.mT
+    scores = (inputs.content * inputs.query.shape[-1] ** -0.5) @ key.mT
     if inputs.softcap:
         scores = inputs.softcap * torch.tanh(scores / inputs.softcap)
-    for term in (bias, added):
+    for term in (inputs.added_by_learning(), added):
         scores = scores if term is None else scores + term
     weights = scores.softmax(-1)
     if kept is not None:
@@ -143,12 +186,14 @@ def _formula(inputs: Inputs, bias: Tensor | None, added: Tensor | None, kept: Te
 
 def flex(inputs: Inputs, compiled: bool) -> Callable[[], Tensor] | None:
     """FlexAttention, its block mask made once; None for what it cannot do."""
-    if inputs.dropout_p or inputs.weights:
+    if inputs.dropout_p or inputs.weights or inputs.r is not None:
         return None
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     Q, K = inputs.query.shape[2], inputs.key.shape[2]
     left, right, softcap, dense, bias = inputs.left, inputs.right, inputs.softcap, inputs.dense, inputs.bias
+    table = inputs.table
+    bucket = bucket_of(torch.arange(-Q, K, device=inputs.query.device))
     lengths = None if inputs.padding is None else inputs.padding.sum(-1).flatten()
 
     def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -164,13 +209,15 @@ def flex(inputs: Inputs, compiled: bool) -> Callable[[], Tensor] | None:
             score = softcap * torch.tanh(score / softcap)
         if dense is not None:
             score = score + dense[b, 0, q, k]
+        if table is not None:
+            score = score + table[bucket[Q + k - q], h]
         return score if bias is None else score + bias[0, h, q, k]
 
     blocks = None
     if lengths is not None or left >= 0 or right >= 0:
         batch = None if lengths is None else inputs.query.shape[0]
         blocks = create_block_mask(seen, batch, None, Q, K, inputs.query.device)
-    change = changed if softcap or dense is not None or bias is not None else None
+    change = changed if softcap or any(t is not None for t in (dense, bias, table)) else None
     run = flex_attention
     if compiled:
         torch._dynamo.reset()  # or the cases before count as recompiles of this one
@@ -189,23 +236,25 @@ def in_pieces(inputs: Inputs, dtype: torch.dtype, train: bool) -> Tensors:
         results.append(torch.zeros(B, Q, inputs.key.shape[2], dtype=dtype, device=inputs.query.device))
     gradients = [torch.zeros_like(t, dtype=dtype) for t in inputs.wanted] if train else []
     for batch, heads, key_heads in _pieces(inputs):
-        at = [(batch, heads), (batch, key_heads), (batch, key_heads), (slice(None), heads)]
-        leaves = [t[place].to(dtype).requires_grad_(train) for t, place in zip(inputs.wanted, at, strict=False)]
-        part = Inputs(*leaves[:3], inputs.gradient[batch, heads].to(dtype), **_options(inputs, batch))
+        second, first = (slice(None), heads), (heads,)
+        at = {"query": (batch, heads), "key": (batch, key_heads), "value": (batch, key_heads),
+              "bias": second, "table": second, "r": second, "u": first, "w": first}  # fmt: skip
+        at = {name: place for name, place in at.items() if getattr(inputs, name) is not None}
+        leaves = {name: getattr(inputs, name)[place].to(dtype).requires_grad_(train) for name, place in at.items()}
+        part = Inputs(**leaves, gradient=inputs.gradient[batch, heads].to(dtype), **_options(inputs, batch))
         added = part.added()
         kept = None
         if inputs.seed is not None:
             numbers = torch.arange(B * N, device=inputs.query.device).view(B, N)[batch, heads]
             kept = dropout_keep(inputs.seed, numbers, Q, inputs.key.shape[2], inputs.dropout_p)
         with torch.set_grad_enabled(train):
-            out, weights = _formula(part, leaves[3] if len(leaves) > 3 else None, added, kept)
+            out, weights = _formula(part, added, kept)
         results[0][batch, heads] = out.detach()
         if inputs.weights:
             results[1][batch] += weights.detach().sum(1) / N
         if train:
-            for gradient, piece, place in zip(
-                gradients, torch.autograd.grad(out, leaves, part.gradient), at, strict=False
-            ):
+            found = torch.autograd.grad(out, tuple(leaves.values()), part.gradient)
+            for gradient, piece, place in zip(gradients, found, at.values(), strict=True):
                 gradient[place] += piece
     return (*results, *gradients)
 

@@ -108,7 +108,14 @@ def attention() -> Suite:
     )
 
 
-SUITES = {"recurrent": recurrent, "training": training, "attention": attention}
+def relative() -> Suite:
+    """T5's and Transformer-XL's attention, table and embeddings learned, beside the formula with a matrix of biases."""
+    sizes = ((8, 12, 128, 64), (2, 12, 512, 64), (1, 12, 2048, 64))
+    cases = attention_cases.grid("attention", ("t5", "t5+padding", "causal+xl"), sizes)
+    return Suite(tuple(cases), 5, "auto beside torch's own way on the CPU, relative positions", "relative")
+
+
+SUITES = {"recurrent": recurrent, "training": training, "attention": attention, "relative": relative}
 
 
 def main() -> int:
@@ -262,7 +269,7 @@ def _options() -> argparse.Namespace:
     add = parser.add_argument
     add("suite", nargs="?", choices=tuple(SUITES), default="recurrent", help="default: %(default)s")
     add("--threads", type=int, default=torch.get_num_threads(), help="torch's threads (default: its own)")
-    add("--minutes", type=float, help="no repeats are begun after this (default: 7, training 10, attention 20)")
+    add("--minutes", type=float, help="no repeats are begun after this (default: 5 to 20, by suite)")
     add("--only", default="", metavar="TEXT", help="cases whose name contains this; no JSON without --output")
     add("--output", metavar="FOLDER", help="of the JSON; default benchmarks/results/<device>")
     return parser.parse_args()

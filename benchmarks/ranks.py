@@ -22,8 +22,10 @@ DTYPES = {"bfloat16": 0, "float32": 2, "float16": 3}
 FEATURES = {
     "causal": 0, "padding": 0, "plain": 1, "causal+padding": 1, "bias": 1, "bias+padding": 2, "dropout": 2,
     "dense": 2, "causal+window": 2, "weights": 3, "softcap": 3, "window": 4,
+    "t5": 0, "causal+xl": 0, "t5+padding": 3,
 }  # fmt: skip
-QUADRATIC = {"bias", "bias+padding", "dense", "weights"}  # hold or are checked as a whole matrix of scores
+# They hold a whole matrix of scores, or are checked as one.
+QUADRATIC = {"bias", "bias+padding", "dense", "weights", "t5", "t5+padding", "causal+xl"}
 SIZES = {  # (B, N, S, D): BERT's, and long ones
     (8, 12, 512, 64): 0, (4, 16, 4096, 128): 0, (32, 12, 128, 64): 1, (1, 16, 16384, 128): 1, (4, 16, 4096, 64): 2,
     (32, 12, 512, 64): 2, (1, 12, 512, 64): 2, (8, 16, 1024, 128): 3, (1, 12, 128, 64): 3, (1, 16, 16384, 64): 3,

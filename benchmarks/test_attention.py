@@ -3,7 +3,8 @@
 from attention_cases import Attention, grid
 
 SIDES = ("torch", "fastseq")
-FEATURES = ("plain", "causal", "padding", "causal+padding", "dense", "bias", "dropout", "weights", "window", "softcap")
+FEATURES = ("plain", "causal", "padding", "causal+padding", "dense", "bias", "dropout", "weights", "window", "softcap",
+            "t5", "causal+xl")  # fmt: skip
 DECODE = [
     Attention("decode", B, 32, 1, K, 128, feature, M=8)
     for feature in ("plain", "padding")

@@ -6,12 +6,14 @@ import inspect
 import pytest
 
 import fastseq
+import fastseq.bias
 import fastseq.functional
 import fastseq.nn.recurrent
 
 PUBLIC = {
     **{f"fastseq.{n}": getattr(fastseq, n) for n in dir(fastseq) if not n.startswith("_")},
     **{f"functional.{n}": getattr(fastseq.functional, n) for n in fastseq.functional.__all__},
+    **{f"bias.{n}": getattr(fastseq.bias, n) for n in fastseq.bias.__all__},
 }
 PUBLIC = {n: o for n, o in PUBLIC.items() if inspect.isclass(o) or inspect.isfunction(o)}
 

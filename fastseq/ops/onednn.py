@@ -142,9 +142,7 @@ class Padded(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, wanted: bool, backwards: bool, reset: Any, lengths: Any, slots: Slots, *tensors: Any
-    ) -> Any:
+    def forward(ctx: Any, wanted: bool, backwards: bool, reset: Any, lengths: Any, slots: Slots, *tensors: Any) -> Any:
         input, h0, c0, w_ih, w_hh, b_ih, b_hh = tensors
         (_, B, I), H = input.shape, w_hh.shape[1]  # noqa: E741  (the field's letter)
         x = slots.put(input, I + 3)
