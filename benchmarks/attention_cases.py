@@ -100,6 +100,7 @@ class Attention:
     @property
     def needs(self) -> frozenset[str]:
         more = {"attention_decode"} if self.kind == "decode" else set()
+        more |= {"relative"} if self.features & {"t5", "xl"} else set()
         return frozenset({"attention_forward", *more} | ({"attention_backward"} if self.mode == "train" else set()))
 
     @property

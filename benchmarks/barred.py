@@ -13,6 +13,7 @@ FEATURES = {word: (word,) for word in ("lstm", "gru", "rnn", *WORDS)} | {
 }
 NOT_ASKED = r"'\w+': (None|False|0\.0|-1|'')(?=[,}])"  # in a name made of a dictionary
 KERNELS = {  # what a test file is about, by a word in its name; the first that occurs counts
+    "relative": ("relative",),
     "attention_forward": ("attention_forward",),
     "attention_backward": ("attention_backward",),
     "attention_decode": ("attention_decode",),

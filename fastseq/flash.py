@@ -7,6 +7,7 @@ the dropout travels in ``rng_state``, two uint64, of which ours fills the first.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -189,7 +190,8 @@ def _settings(
         dropout_p,
         *(lengths or (query.shape[2], key.shape[2])),
         "",  # no weights
-        False,  # no gradient of a bias
+        *(0, 0),  # no tables by position
+        *(False, False),  # no gradient of a bias or a table
     )
 
 
@@ -210,7 +212,7 @@ def _forward(
     if dropout_p:
         state[:1].random_(-(2**63), 2**63 - 1)
     seed = state[:1] if dropout_p else None
-    out, lse, _ = attention_ops.attention(*settings, query, key, value, None, None, cu_q, cu_k, seed, "")
+    out, lse, _ = attention_ops.attention(*settings, query, key, value, *_rest(cu_q=cu_q, cu_k=cu_k, seed=seed), "")
     unused = torch.zeros((), dtype=torch.uint64, device=query.device)
     return out, lse, state.view(torch.uint64), unused, query.new_empty(0)
 
@@ -228,11 +230,16 @@ def _backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     seed = state.view(torch.int64)[:1] if settings[attention_ops.NAMES.index("dropout_p")] else None
-    given = query, key, value, None, None, cu_q, cu_k, seed
+    given = query, key, value, *_rest(cu_q=cu_q, cu_k=cu_k, seed=seed)
     grads = torch.ops.fastseq.attention_backward(
         *settings, grad_out, None, None, *given, out, lse, query.new_empty(0), ""
     )
     return grads[:3]  # type: ignore[no-any-return]
+
+
+def _rest(**given: Tensor | None) -> Iterator[Tensor | None]:
+    """What the operator takes after query, key and value: what is given, and None for everything else."""
+    return (given.get(name) for name in attention_ops.TENSORS[3:])
 
 
 def _heads_first(t: Tensor) -> Tensor:

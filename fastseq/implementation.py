@@ -147,13 +147,13 @@ def kernel_refusal(cell: str, *tensors: Tensor) -> str | None:
     return unsupported(cell, first.dtype, first.device, *sizes)  # type: ignore[no-any-return]
 
 
-def attention_refusal(query: Tensor, value: Tensor) -> str | None:
-    """Why no attention kernel can run on these tensors; None if one can."""
+def attention_refusal(query: Tensor, value: Tensor, P: int | None = None) -> str | None:
+    """Why no attention kernel can run on these tensors, with relative positions of width P; None if one can."""
     if not _triton_installed():
         return "triton is not installed"
     from .kernels.attention.plan import unsupported
 
-    return unsupported(query.dtype, query.device, query.shape[-1], value.shape[-1])  # type: ignore[no-any-return]
+    return unsupported(query.dtype, query.device, query.shape[-1], value.shape[-1], P)  # type: ignore[no-any-return]
 
 
 def gpu(tensor: Tensor) -> bool:

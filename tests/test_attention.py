@@ -55,7 +55,7 @@ def test_the_oracle_differentiates() -> None:
 
     def all_of_it(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         out, lse, weights = reference.attention(
-            q, k, v, bias, mask, None, None, torch.tensor([3], device=DEVICE), scale=0.7, left=2, right=1,
+            q, k, v, bias, mask=mask, seed=torch.tensor([3], device=DEVICE), scale=0.7, left=2, right=1,
             softcap=2.0, dropout_p=0.3, weights="each",
         )  # fmt: skip
         return out, lse.masked_fill(lse.isinf(), 0.0), weights

@@ -127,8 +127,8 @@ def test_the_operators_pass_opcheck(name: str) -> None:
     bias = draw(*given["bias"]) if "bias" in given else None
     mask = torch.rand(given["mask"]) < 0.8 if "mask" in given else None
     seed = torch.tensor([3]) if dropout_p else None
-    settings = (0.5, 3, 1, lower_right, softcap, dropout_p, 6, 7, weights, bias is not None)
-    tensors = (q, k, v, bias, mask, None, None, seed)
+    settings = (0.5, 3, 1, lower_right, softcap, dropout_p, 6, 7, weights, 0, 0, bias is not None, False)
+    tensors = (q, k, v, bias, *[None] * 4, mask, None, None, seed, *[None] * 4)
     opcheck(OPERATOR, (*settings, *tensors, ""))
     out, lse, shown = OPERATOR(*settings, *tensors, "")
     grads = (out.detach().requires_grad_(), lse.detach(), shown.detach() if weights else None)
@@ -139,8 +139,8 @@ def test_the_operators_pass_opcheck(name: str) -> None:
 def test_the_packed_operator_passes_opcheck() -> None:
     q, k, v = draw(1, N, 7, D), draw(1, M, 9, D), draw(1, M, 9, E)
     cu_q, cu_k = (torch.tensor(s, dtype=torch.int32) for s in ([0, 3, 3, 7], [0, 4, 6, 9]))
-    settings = (0.5, -1, 0, True, 0.0, 0.0, 4, 4, "", False)
-    opcheck(OPERATOR, (*settings, q, k, v, None, None, cu_q, cu_k, None, ""))
+    settings = (0.5, -1, 0, True, 0.0, 0.0, 4, 4, "", 0, 0, False, False)
+    opcheck(OPERATOR, (*settings, q, k, v, *[None] * 6, cu_q, cu_k, *[None] * 5, ""))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -21,6 +21,9 @@ PLAIN: dict[str, Any] = {
     "scale": 0.35, "left": -1, "right": -1, "lower_right": False, "softcap": 0.0, "dropout_p": 0.0, "weights": "",
 }  # fmt: skip
 SEED = torch.tensor([2**40 + 12345])
+RELATIVE = (
+    "distance", "position_query", "position_key", "segment", "segment_q", "segment_k", "rank_q", "rank_k",
+)  # fmt: skip
 Inputs = dict[str, Tensor | None]
 
 
@@ -53,17 +56,16 @@ def draw(B=2, N=4, M=2, Q=33, K=40, D=8, E=8, dtype=torch.float64, bias=None, ma
 
 def ours(x: Inputs, upper: tuple[Tensor | None, ...] | None = None, bias_gradient: bool = False, **options: Any) -> Any:
     """Outputs and, for ``upper`` (gradients of output, log-sum-exp, weights), gradients."""
-    cu = {name: options.pop(name, None) for name in ("cu_q", "cu_k")}
-    settings = PLAIN | options | {"max_q": 0, "max_k": 0, "allow_tf32": False}
+    cu = {name: options.pop(name, None) for name in ("cu_q", "cu_k")} | dict.fromkeys(RELATIVE)
+    settings = PLAIN | options | {"max_q": 0, "max_k": 0, "allow_tf32": False, "distance_zero": 0, "position_zero": 0}
     with torch.no_grad():
         found = blockwise.attention_forward(**x, **cu, seed=SEED, **settings)
         if upper is None:
             return found
         out, lse, _ = found
-        gradients = blockwise.attention_backward(
-            *upper, **x, **cu, seed=SEED, out=out, lse=lse, **settings, bias_gradient=bias_gradient
-        )
-    return found, gradients
+        wanted = {"bias_gradient": bias_gradient, "distance_gradient": False}
+        gradients = blockwise.attention_backward(*upper, **x, **cu, seed=SEED, out=out, lse=lse, **settings | wanted)
+    return found, gradients[:4]
 
 
 def theirs(x: Inputs, upper: tuple[Tensor | None, ...] | None = None, **options: Any) -> Any:

@@ -25,7 +25,7 @@ ALLOW_TF32 = DEVICE.type == "cpu"
 SEED = torch.tensor([-0x123456789ABCDEF], device=DEVICE)
 NAN = float("nan")
 NOTHING: dict[str, Any] = {
-    "scale": 0.3, "left": -1, "right": -1, "lower_right": False, "softcap": 0.0, "dropout_p": 0.0, "weights": ""
+    "scale": 0.3, "left": -1, "right": -1, "lower_right": False, "softcap": 0.0, "dropout_p": 0.0, "weights": "",
 }  # fmt: skip
 CAUSAL = {"right": 0}
 NAMES = ("query", "key", "value", "bias")
@@ -110,12 +110,13 @@ class Case:
     @torch.no_grad()
     def by_kernels(self, cu: tuple[Tensor | None, Tensor | None] = (None, None), **other: Any) -> list[Tensor]:
         """What the kernels make of what the reference's forward gives."""
-        tensors = self.query, self.key, self.value, self.bias, self.mask, *cu, SEED
+        tensors = self.query, self.key, self.value, self.bias, *[None] * 4, self.mask, *cu, SEED, *[None] * 4
         out, lse, _ = reference.attention(*tensors, **self.options)
         longest = {"max_q": self.query.shape[2], "max_k": self.key.shape[2]} | other
         gradients = attention_backward(
             self.dout, self.dlse, self.dweights, *tensors, out, lse, **self.options, **longest,
-            allow_tf32=ALLOW_TF32, bias_gradient=self.bias is not None,
+            allow_tf32=ALLOW_TF32, bias_gradient=self.bias is not None, distance_gradient=False,
+            distance_zero=0, position_zero=0,
         )  # fmt: skip
         assert (gradients[3] is None) == (self.bias is None)
         for gradient, like in zip(gradients, (self.query, self.key, self.value), strict=False):
@@ -124,7 +125,7 @@ class Case:
         return [g for g in gradients if g is not None]
 
     def check(self) -> list[Tensor]:
-        exact = self.differentiated(reference.attention, torch.float64)
+        exact = self.differentiated(definition, torch.float64)
         peers = [self.differentiated(formula, self.query.dtype)]
         if self.query.dtype == torch.float32:  # how far torch is off is luck, too: the worse of two ways counts
             peers.append(self.differentiated(functools.partial(formula, fused=True), self.query.dtype))
@@ -138,6 +139,13 @@ class Case:
             else:
                 assert_within_budget(one, right, other, f"gradient of {name}")
         return got
+
+
+def definition(
+    query: Tensor, key: Tensor, value: Tensor, bias: Any, mask: Any, cu_q: Any, cu_k: Any, seed: Tensor, **options: Any
+) -> Any:
+    given = {"mask": mask, "cu_q": cu_q, "cu_k": cu_k, "seed": seed}
+    return reference.attention(query, key, value, bias, **given, **options)
 
 
 def formula(
@@ -255,7 +263,7 @@ def test_rows_of_the_scores_gradient_sum_to_that_of_the_lse() -> None:
         (40, 130), heads=(2, 1), bias="BNQK", mask="B11K", outputs="out lse mean", dropout_p=0.3, softcap=2.0, left=30
     )
     dbias = case.by_kernels()[3]
-    seen = reference.attention(*case.inputs, case.mask, None, None, SEED, **case.options)[1] > -torch.inf
+    seen = definition(*case.inputs, case.mask, None, None, SEED, **case.options)[1] > -torch.inf
     torch.testing.assert_close(dbias.sum(-1), case.dlse * seen, atol=2e-5, rtol=0)
 
 
@@ -387,7 +395,7 @@ def test_packed_sequences_are_apart(options: dict[str, Any]) -> None:
     case = Case((85, 60), heads=(4, 2), outputs="out lse", **options)
 
     def packed(q: Tensor, k: Tensor, v: Tensor, bias: None, mask: None, *_: Any, **kw: Any) -> Any:
-        return reference.attention(q, k, v, None, None, cu_q, cu_k, SEED, **kw)
+        return definition(q, k, v, None, None, cu_q, cu_k, SEED, **kw)
 
     case.dlse[:, :, 75:] = 0.0  # of rows that see nothing
     case.dlse[:, :, :] *= packed(*case.inputs, None, None, **case.options)[1] > -torch.inf

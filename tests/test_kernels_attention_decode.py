@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from fastseq.kernels.attention import decode
 from fastseq.kernels.attention.decode import LEAST, ROWS, decode_forward, splits
-from fastseq.kernels.attention.plan import DTYPES
+from fastseq.kernels.attention.plan import DTYPES, relative
 from fastseq.kernels.jit import NAMES, OPTIONS
 from fastseq.kernels.limits import limits
 from fastseq.reference.attention import attention as reference
@@ -62,12 +62,13 @@ def broadcast(letters: str, sizes: dict[str, int]) -> list[int]:
 
 def run(q: Tensor, k: Tensor, v: Tensor, bias: Any = None, mask: Any = None, parts: int = 3, **options: Any) -> Any:
     given = PLAIN | {"scale": q.shape[-1] ** -0.5, "allow_tf32": ALLOW_TF32} | options
-    return decode_forward(q, k, v, bias, mask, SEED if given["dropout_p"] else None, splits=parts, **given)
+    seed = SEED if given["dropout_p"] else None
+    return decode_forward(q, k, v, bias, mask, seed, terms=relative(q), splits=parts, **given)
 
 
 def define(q: Tensor, k: Tensor, v: Tensor, bias: Any = None, mask: Any = None, **options: Any) -> Any:
     given = PLAIN | {"scale": q.shape[-1] ** -0.5} | options
-    return reference(q, k, v, bias, mask, None, None, SEED, **given)[:2]
+    return reference(q, k, v, bias, mask=mask, seed=SEED, **given)[:2]
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, bias: Any = None, mask: Any = None, parts: int = 3, **options: Any) -> None:
@@ -279,7 +280,7 @@ def test_configurations_are_what_is_launched(monkeypatch: pytest.MonkeyPatch) ->
             pointers = {
                 p: "*" + NAMES[launch[p].dtype] for p in varying if isinstance(launch[p], Tensor)
             }  # fmt: skip
-            constants = {p: x for p, x in launch.items() if p not in {*varying, *options, *OPTIONS, "N", "Q", "S"}}
+            constants = {p: x for p, x in launch.items() if p not in {*varying, *options, *OPTIONS, "N", "Q", "K", "S"}}
             constants |= {p: None for p in varying if launch[p] is None}
             assert any(
                 c["fn"] is recorder.kernel

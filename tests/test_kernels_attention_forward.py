@@ -23,7 +23,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ALLOW_TF32 = DEVICE.type == "cpu"
 SEED = torch.tensor([-0x123456789ABCDEF], device=DEVICE)
 NAN = float("nan")
-NOTHING = {"left": -1, "right": -1, "lower_right": False, "softcap": 0.0, "dropout_p": 0.0, "weights": ""}
+NOTHING = {
+    "left": -1, "right": -1, "lower_right": False, "softcap": 0.0, "dropout_p": 0.0, "weights": "",
+    "distance_zero": 0, "position_zero": 0,
+}  # fmt: skip
 
 LENGTHS = [*((n, n) for n in (0, 1, 17, 63, 64, 65, 127, 128, 129)), (1, 129), (129, 1), (17, 64), (65, 129), (128, 63)]
 LENGTHS += [(0, 17), (17, 0)]
@@ -76,14 +79,16 @@ def problem(
 
 
 def by_kernels(tensors: list[Tensor | None], cu: Any = (None, None), **options: Any) -> Any:
-    q, k, *_ = tensors
+    q, k, v, bias, mask = tensors
+    given = q, k, v, bias, *[None] * 4, mask, *cu, SEED, *[None] * 4
     options = NOTHING | {"scale": 0.3, "max_q": q.shape[2], "max_k": k.shape[2]} | options
-    return forward.attention_forward(*tensors, *cu, SEED, **options, allow_tf32=ALLOW_TF32)
+    return forward.attention_forward(*given, **options, allow_tf32=ALLOW_TF32)
 
 
 def by_reference(tensors: list[Tensor | None], dtype: torch.dtype, cu: Any = (None, None), **options: Any) -> Any:
-    tensors = [t if t is None or t.dtype == torch.bool else t.to(dtype) for t in tensors]
-    return reference.attention(*tensors, *cu, SEED, **(NOTHING | {"scale": 0.3} | options))
+    *of_scores, mask = (t if t is None or t.dtype == torch.bool else t.to(dtype) for t in tensors)
+    options = NOTHING | {"scale": 0.3} | options
+    return reference.attention(*of_scores, mask=mask, cu_q=cu[0], cu_k=cu[1], seed=SEED, **options)
 
 
 def check(tensors: list[Tensor | None], **options: Any) -> Any:

@@ -1,5 +1,6 @@
 """Scaled dot-product attention as a function."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import implementation
+from ..bias import Bias, taken_apart, terms
 from ..implementation import Choice, chosen, gpu
 from ..ops import attention as attention_ops
 from ..ops import native
@@ -40,7 +42,7 @@ def scaled_dot_product_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    bias: Tensor | None = None,
+    bias: Tensor | Bias | None = None,
     causal: str | None = None,
     window: int | tuple[int, int] | None = None,
     softcap: float | None = None,
@@ -63,7 +65,9 @@ def scaled_dot_product_attention(
         is_causal: query i sees keys 0 to i.
         scale: of the products; 1/sqrt(D) if None.
         enable_gqa: let each key head serve N/M query heads.
-        bias: float, added to the scores on top of a mask of either kind; learned biases get their gradient.
+        bias: added to the scores on top of a mask of either kind: a float Tensor that broadcasts, or what
+            ``fastseq.bias`` offers (ALiBi, T5, TransformerXL, Segments, Order, Window), or a sum of them. What is
+            learned gets its gradient. None of those makes a matrix of the size of the scores.
         causal: ``"upper_left"`` (as ``is_causal``), or ``"lower_right"``: the last query sees the last key.
         window: how many keys a query sees to its left and to its right, one number for both or a pair, -1 for no
             limit; counted from the diagonal that ``causal`` names, without it from the lower right one.
@@ -77,8 +81,9 @@ def scaled_dot_product_attention(
         output ``[..., N, Q, E]``; the weights and the log-sum-exp after it, in this order, if asked for.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not fit together, as in torch.
-        ValueError: ``causal``, ``window``, ``softcap`` or ``return_weights`` is none of the above.
+        RuntimeError: shapes, dtypes or devices do not fit together, as in torch; in a bias too.
+        ValueError: ``causal``, ``window``, ``softcap`` or ``return_weights`` is none of the above; or two of a kind,
+            windows for one, come together in ``bias``.
         Unsupported: ``use`` names an implementation that cannot.
 
     Example:
@@ -90,8 +95,15 @@ def scaled_dot_product_attention(
         >>> out.shape, lse.shape
         (torch.Size([2, 8, 10, 16]), torch.Size([2, 8, 10]))
     """
+    parts: Sequence[Bias] = ()
+    if bias is not None and isinstance(bias, Bias):
+        bias, of_bias, parts = taken_apart(bias)
+        if of_bias is not None and window is not None:
+            raise ValueError("window: expected one, got another in bias")
+        window = window if of_bias is None else of_bias
     ours = not (
         bias is None
+        and not parts
         and causal is None
         and window is None
         and softcap is None
@@ -102,7 +114,8 @@ def scaled_dot_product_attention(
     # Whether a query sees every key, with its weight as it is: then PyTorch's operator has no promise left to break.
     whole = not ours and attn_mask is None and not dropout_p and not is_causal
     band = _band(is_causal, causal, window)
-    if softcap is None and not return_lse and not return_weights:  # no more than masks, which PyTorch's operator adds
+    # No more than masks, which PyTorch's operator adds.
+    if softcap is None and not return_lse and not return_weights and not parts:
         way = _way(query, key, value, attn_mask, bias, whole, bool(dropout_p), is_causal)
         if way == "stock" and not ours:
             return F.scaled_dot_product_attention(
@@ -130,7 +143,7 @@ def scaled_dot_product_attention(
         bias = attn_mask if bias is None else attn_mask + bias
     with plainly(q.device.type):
         out, lse, shown = _attend(
-            q, k, v, bias, mask, None, None, _seed(seed, dropout_p, q.device),
+            q, k, v, bias, mask, None, None, _seed(seed, dropout_p, q.device), parts,
             scale=scale, band=band, softcap=softcap, dropout_p=dropout_p, max_q=q.shape[2], max_k=k.shape[2],
             weights=weights, beyond=ours or attn_mask is not None or dropout_p > 0.0,
         )  # fmt: skip
@@ -164,6 +177,7 @@ def varlen_attn(
     softcap: float | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    bias: Bias | None = None,
 ) -> Any:
     """Attention within sequences packed one after the other, as ``torch.nn.attention.varlen.varlen_attn``.
 
@@ -176,13 +190,14 @@ def varlen_attn(
         scale, softcap, dropout_p, seed: as in :func:`scaled_dot_product_attention`.
         window_size: keys seen to the left and to the right of the lower right diagonal, -1 for no limit;
             ``(-1, 0)`` is causal.
+        bias: ``fastseq.bias.ALiBi``, ``T5`` or ``TransformerXL``, or a sum of them, which each sequence has for itself.
 
     Returns:
         output ``[Tq, N, E]``, and if asked for the log-sum-exp ``[Tq, N]``. Both differentiate.
 
     Raises:
-        ValueError: shapes do not fit together.
-        TypeError: ``cu_seq_q`` or ``cu_seq_k`` is not int32.
+        ValueError: shapes do not fit together, or the bias is of another kind.
+        TypeError: ``cu_seq_q`` or ``cu_seq_k`` is not int32, or ``bias`` not a bias.
         Unsupported: ``use`` names an implementation that cannot.
 
     Example:
@@ -208,13 +223,24 @@ def varlen_attn(
             raise TypeError(f"{name}: expected an int32 Tensor, got {getattr(t, 'dtype', type(t).__name__)}")
         if t.dim() != 1 or t.shape != cu_seq_q.shape or not t.shape[0]:
             raise ValueError(f"{name}: expected [sequences + 1] = {list(cu_seq_q.shape)}, got {list(t.shape)}")
+    parts: Sequence[Bias] = ()
+    if bias is not None:
+        if not isinstance(bias, Bias):
+            raise TypeError(f"bias: expected what fastseq.bias offers, got {type(bias).__name__}")
+        parts = bias.parts
+        for part in parts:
+            if not part.packable:
+                raise ValueError(
+                    "bias: expected ALiBi, TransformerXL or T5 without an offset for packed sequences, "
+                    f"got {type(part).__name__}"
+                )
     _check(query, key, value, None, None)
     _check_numbers(scale, dropout_p, softcap)
     query, key, value, _, _ = _autocast(query, key, value, None, None)
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
     with plainly(q.device.type):
         out, lse, _ = _attend(
-            q, k, v, None, None, cu_seq_q, cu_seq_k, _seed(seed, dropout_p, q.device),
+            q, k, v, None, None, cu_seq_q, cu_seq_k, _seed(seed, dropout_p, q.device), parts,
             scale=scale, band=_Band(left, right, True), softcap=softcap, dropout_p=dropout_p,
             max_q=max_q, max_k=max_k, weights="", beyond=True,
         )  # fmt: skip
@@ -222,9 +248,13 @@ def varlen_attn(
     return (out, lse[0].transpose(0, 1)) if return_aux is not None and return_aux.lse else out
 
 
-def choose_attention(query: Tensor, value: Tensor, beyond: bool) -> Choice:
-    """Which implementation runs; ``beyond``: more is asked than PyTorch's operator does with every promise kept."""
-    return attention_ops.choice(query, value, beyond)
+def choose_attention(query: Tensor, value: Tensor, beyond: bool, P: int | None = None) -> Choice:
+    """Which implementation runs.
+
+    ``beyond``: more is asked than PyTorch's operator does with every promise kept; P: the width of the products with
+    relative positions, where there are any.
+    """
+    return attention_ops.choice(query, value, beyond, P)
 
 
 # ----------------------------------------------------------------------------------------------- below the face
@@ -273,6 +303,7 @@ def _attend(
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     seed: Tensor | None,
+    parts: Sequence[Bias],
     *,
     scale: float | None,
     band: _Band,
@@ -283,17 +314,28 @@ def _attend(
     weights: str,
     beyond: bool,
 ) -> Any:
-    tensors = (query, key, value, bias, mask, cu_q, cu_k, seed)
+    given = terms(parts, query, key, attention_ops.scaling(scale, query)) if parts else {}
+    distance, distance_zero = given.get("distance", (None, 0))
+    query, position_query, position_key, position_zero = given.get("position", (query, None, None, 0))
+    segment, segment_q, segment_k = given.get("segment", (None, None, None))
+    rank_q, rank_k = given.get("rank", (None, None))
+    tensors = (
+        query, key, value, bias, distance, position_query, position_key, segment,
+        mask, cu_q, cu_k, seed, segment_q, segment_k, rank_q, rank_k,
+    )  # fmt: skip
     settings: dict[str, Any] = {
         "scale": scale,
         **band._asdict(),
         "softcap": softcap or 0.0,
         "dropout_p": dropout_p,
         "weights": weights,
+        "distance_zero": distance_zero,
+        "position_zero": position_zero,
     }
     name = ""  # a compiled graph carries no choice: it is made when the graph runs
     if not torch.compiler.is_compiling():
-        name = choose_attention(query, value, beyond).name
+        P = None if position_query is None else position_query.shape[-1]
+        name = choose_attention(query, value, beyond, P).name
         if name == "reference" or (chosen() == "auto" and _transformed()):
             return reference.attention(*tensors, **settings | {"scale": attention_ops.scaling(scale, query)})
         if name == "torch" and gpu(query) and not beyond:
@@ -306,10 +348,12 @@ def _attend(
                   for t in (query, key, value)),
             )  # fmt: skip
             return out[0], None, None
-    wanted = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    bias_gradient, distance_gradient = (
+        t is not None and t.requires_grad and torch.is_grad_enabled() for t in (bias, distance)
+    )
     return attention_ops.attention(
-        scale, band.left, band.right, band.lower_right, settings["softcap"], dropout_p, max_q, max_k, weights, wanted,
-        *tensors, name,
+        scale, band.left, band.right, band.lower_right, settings["softcap"], dropout_p, max_q, max_k, weights,
+        distance_zero, position_zero, bias_gradient, distance_gradient, *tensors, name,
     )  # fmt: skip
 
 

@@ -16,8 +16,11 @@ from . import blockwise
 from .library import operator
 
 
-def choice(query: Tensor, value: Tensor, beyond: bool) -> Choice:
-    """Which implementation runs, and why; ``beyond``: more is asked than PyTorch's fused operators do as promised."""
+def choice(query: Tensor, value: Tensor, beyond: bool, P: int | None = None) -> Choice:
+    """Which implementation runs, and why.
+
+    ``beyond``: more is asked than PyTorch's fused operators do as promised; P: the width of relative positions.
+    """
 
     def fastest() -> tuple[str, str]:
         if not gpu(query):
@@ -30,7 +33,7 @@ def choice(query: Tensor, value: Tensor, beyond: bool) -> Choice:
 
     return choose(
         {
-            "triton": lambda: attention_refusal(query, value),
+            "triton": lambda: attention_refusal(query, value, P),
             "torch": lambda: None,
             "reference": lambda: None,
         },
@@ -48,25 +51,32 @@ def _kernels(name: str) -> ModuleType:
     return backward  # type: ignore[no-any-return]
 
 
-def _resolve(implementation: str, query: Tensor, value: Tensor) -> str:
-    """A compiled graph carries no choice: it is made when the graph runs."""
-    if implementation:
-        return implementation
-    if chosen() == "reference":
-        raise Unsupported("reference: not inside a compiled graph")
-    return choice(query, value, beyond=True).name
+def _engine(name: str, implementation: str, tensors: tuple[Any, ...]) -> ModuleType:
+    """Who computes; a compiled graph carries no choice: it is made when the graph runs."""
+    if not implementation:
+        if chosen() == "reference":
+            raise Unsupported("reference: not inside a compiled graph")
+        query, _, value, _, _, position_query, *_ = tensors
+        P = None if position_query is None else position_query.shape[3]
+        implementation = choice(query, value, True, P).name
+    return _kernels(name) if implementation == "triton" else blockwise
 
 
 SETTINGS = (
     "float? scale, SymInt left, SymInt right, bool lower_right, float softcap, float dropout_p, "
-    "SymInt max_q, SymInt max_k, str weights, bool bias_gradient"
+    "SymInt max_q, SymInt max_k, str weights, SymInt distance_zero, SymInt position_zero, "
+    "bool bias_gradient, bool distance_gradient"
 )
 INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? bias, "
-    "Tensor? mask, Tensor? cu_q, Tensor? cu_k, Tensor? seed"
-)  # fmt: skip
+    "Tensor? distance, Tensor? position_query, Tensor? position_key, Tensor? segment, "
+    "Tensor? mask, Tensor? cu_q, Tensor? cu_k, Tensor? seed, "
+    "Tensor? segment_q, Tensor? segment_k, Tensor? rank_q, Tensor? rank_k"
+)
 NAMES = tuple(declaration.split()[1] for declaration in SETTINGS.split(", "))
-LEADING, TENSORS = len(NAMES), len(INPUTS.split(", "))
+TENSORS = tuple(declaration.split()[1] for declaration in INPUTS.split(", "))
+LEADING = len(NAMES)
+DIFFERENTIABLE = 8
 
 
 def scaling(scale: float | None, query: Tensor) -> float:
@@ -85,10 +95,10 @@ def _tf32() -> bool:
 
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     settings, tensors, implementation = _call(args)
-    del settings["bias_gradient"]
-    query, _, value, *_ = tensors
+    del settings["bias_gradient"], settings["distance_gradient"]
+    query = tensors[0]
     settings["scale"] = scaling(settings["scale"], query)
-    engine = _kernels("forward") if _resolve(implementation, query, value) == "triton" else blockwise
+    engine = _engine("forward", implementation, tensors)
     out, lse, weights = engine.attention_forward(*tensors, **settings, allow_tf32=_tf32())
     return out, lse, query.new_empty(0) if weights is None else weights
 
@@ -106,36 +116,43 @@ def _shapes(*args: Any) -> tuple[Tensor, ...]:
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     settings, tensors, implementation = _call(args)
-    (dout, dlse, dweights), inputs = tensors[:3], tensors[3:][:TENSORS]
-    out, lse, _ = tensors[3 + TENSORS :]
-    query, _, value, *_ = inputs
+    (dout, dlse, dweights), inputs = tensors[:3], tensors[3:][: len(TENSORS)]
+    out, lse, _ = tensors[3 + len(TENSORS) :]
+    query = inputs[0]
     settings["scale"] = scaling(settings["scale"], query)
-    engine = _kernels("backward") if _resolve(implementation, query, value) == "triton" else blockwise
-    dq, dk, dv, dbias = engine.attention_backward(
+    engine = _engine("backward", implementation, inputs)
+    found = engine.attention_backward(
         dout, dlse, dweights if settings["weights"] else None, *inputs, out, lse, **settings, allow_tf32=_tf32()
     )
-    return dq, dk, dv, query.new_empty(0) if dbias is None else dbias
+    return tuple(query.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
 def _gradients(*args: Any) -> tuple[Tensor, ...]:
     settings, tensors, _ = _call(args)
-    query, key, value, bias = tensors[3:7]
+    query, key, value, bias, distance, position_query, position_key, segment = tensors[3:][:DIFFERENTIABLE]
 
-    def like(t: Tensor) -> Tensor:
+    def heads_last(t: Tensor) -> Tensor:
         B, N, T, D = t.shape
         return t.new_empty(B, T, N, D).transpose(1, 2)
 
+    def plain(t: Tensor | None, wanted: bool = True) -> Tensor:
+        return query.new_empty(0) if t is None or not wanted else t.new_empty(t.shape)
+
     return (
-        like(query),
-        like(key),
-        like(value),
-        bias.new_empty(bias.shape) if settings["bias_gradient"] else query.new_empty(0),
+        heads_last(query),
+        heads_last(key),
+        heads_last(value),
+        plain(bias, settings["bias_gradient"]),
+        plain(distance, settings["distance_gradient"]),
+        plain(position_query) if position_query is None else heads_last(position_query),
+        plain(position_key),
+        plain(segment),
     )
 
 
 def _formula(*args: Any) -> tuple[Tensor | None, ...]:
     settings, tensors = dict(zip(NAMES, args, strict=False)), args[LEADING:]
-    for name in ("max_q", "max_k", "bias_gradient"):
+    for name in ("max_q", "max_k", "bias_gradient", "distance_gradient"):
         del settings[name]
     settings["scale"] = scaling(settings["scale"], tensors[0])
     return reference.attention(*tensors, **settings)
@@ -145,7 +162,7 @@ attention = operator(
     "attention",
     settings=SETTINGS,
     inputs=INPUTS,
-    differentiable=4,
+    differentiable=DIFFERENTIABLE,
     outputs=3,  # out, lse, weights
     keeps=False,
     forward=_forward,

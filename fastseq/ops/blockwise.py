@@ -11,19 +11,23 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..reference.attention import dropout_columns, dropout_rows, dropout_threshold, dropout_words
 from . import flash
+from .relative import Positions
 
-TILE = 2**18  # scores at a time: with what accompanies them they stay in a core's second-level cache
+TILE = 2**18  # scores at a time and core: with what accompanies them they stay in its second-level cache
+CORES = 4  # that a tile is made for at most: it is memory that a call takes
 FEWEST_ROWS = 16  # of a tile, however long its rows are: a matrix product needs them
 BAND_ROWS = 64  # of a tile at the edge of a band, where rows see different keys
 
 Forward = tuple[Tensor, Tensor, Tensor | None]
-Backward = tuple[Tensor, Tensor, Tensor, Tensor | None]
+Maybe = Tensor | None
+Gradients = tuple[Tensor, Tensor, Tensor, Maybe, Maybe, Maybe, Maybe, Maybe]
 
 
 def attention_forward(
@@ -31,24 +35,29 @@ def attention_forward(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
+    distance: Tensor | None,
+    position_query: Tensor | None,
+    position_key: Tensor | None,
+    segment: Tensor | None,
     mask: Tensor | None,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     seed: Tensor | None,
+    segment_q: Tensor | None,
+    segment_k: Tensor | None,
+    rank_q: Tensor | None,
+    rank_k: Tensor | None,
     *,
-    scale: float,
-    left: int,
-    right: int,
-    lower_right: bool,
-    softcap: float,
-    dropout_p: float,
     max_q: int,
     max_k: int,
-    weights: str,
     allow_tf32: bool,
+    **settings: Any,
 ) -> Forward:
     """Output ``[B, N, Q, E]``, log-sum-exp ``[B, N, Q]`` and weights, as ``reference.attention.attention`` defines."""
-    call = Call(query, key, value, bias, mask, seed, 0, scale, left, right, lower_right, softcap, dropout_p, weights)
+    call = Call(
+        query, key, value, bias, distance, position_query, _per_head(position_key, query), segment, mask, seed,
+        segment_q, segment_k, rank_q, rank_k, **settings,
+    )  # fmt: skip
     if cu_q is None or cu_k is None:
         return call.forward()
     out, lse, _ = call.blank()
@@ -65,39 +74,66 @@ def attention_backward(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
+    distance: Tensor | None,
+    position_query: Tensor | None,
+    position_key: Tensor | None,
+    segment: Tensor | None,
     mask: Tensor | None,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     seed: Tensor | None,
+    segment_q: Tensor | None,
+    segment_k: Tensor | None,
+    rank_q: Tensor | None,
+    rank_k: Tensor | None,
     out: Tensor,
     lse: Tensor,
     *,
-    scale: float,
-    left: int,
-    right: int,
-    lower_right: bool,
-    softcap: float,
-    dropout_p: float,
     max_q: int,
     max_k: int,
     weights: str,
     allow_tf32: bool,
-    bias_gradient: bool,
-) -> Backward:
-    """Gradients of query, key, value and bias (in its own shape; None unless ``bias_gradient``)."""
-    call = Call(query, key, value, bias, mask, seed, 0, scale, left, right, lower_right, softcap, dropout_p, "")
+    **settings: Any,
+) -> Gradients:
+    """Gradients of the first eight tensors, each in its own shape; None for one that is not there.
+
+    Those of bias and distance are None, too, unless ``bias_gradient`` and ``distance_gradient`` ask for them.
+    """
+    call = Call(
+        query, key, value, bias, distance, position_query, _per_head(position_key, query), segment, mask, seed,
+        segment_q, segment_k, rank_q, rank_k, **settings,
+    )  # fmt: skip
     if dweights is not None and weights == "mean":
         dweights = dweights[:, None]
     if cu_q is None or cu_k is None:
-        return call.backward(dout, dlse, dweights, out, lse, bias_gradient)
-    gradients = _zeros(query), _zeros(key), _zeros(value)
-    for z, (q, k) in enumerate(_sequences(cu_q, cu_k)):
-        upper, upper_lse = (None if t is None else t[:, :, q] for t in (dout, dlse))
-        one = call.sequence(z, q, k)
-        found = one.backward(upper, upper_lse, None, out[:, :, q], lse[:, :, q], False)
-        for whole, rows, part in zip(gradients, (q, k, k), found[:3], strict=True):
-            whole[:, :, rows] = part
-    return *gradients, None
+        found = call.backward(dout, dlse, dweights, out, lse)
+    else:
+        found = call.blank_gradients()
+        for z, (q, k) in enumerate(_sequences(cu_q, cu_k)):
+            upper, upper_lse = (None if t is None else t[:, :, q] for t in (dout, dlse))
+            parts = call.sequence(z, q, k).backward(upper, upper_lse, None, out[:, :, q], lse[:, :, q])
+            for whole, part, rows in zip(found, parts, (q, k, k, None, None, q, None, None), strict=True):
+                if whole is None or part is None:
+                    continue
+                if rows is None:
+                    whole += part
+                else:
+                    whole[:, :, rows] = part
+    dquery, dkey, dvalue, dbias, ddistance, dposition_query, dposition_key, dsegment = found
+    if dposition_key is not None and position_key is not None:
+        heads = position_key.shape[1]
+        if heads != dposition_key.shape[1]:
+            dposition_key = dposition_key.unflatten(1, (heads, -1)).sum(2)
+        dposition_key = dposition_key.contiguous()
+    tables = _to(dbias, bias), _to(ddistance, distance), dposition_query, _to(dposition_key, position_key)
+    return dquery, dkey, dvalue, *tables, dsegment
+
+
+def _per_head(position_key: Tensor | None, query: Tensor) -> Tensor | None:
+    """With one head for all or one for each, as tiles of any heads can take."""
+    if position_key is None or position_key.shape[1] in (1, query.shape[1]):
+        return position_key
+    return position_key.repeat_interleave(query.shape[1] // position_key.shape[1], 1)
 
 
 def _sequences(cu_q: Tensor, cu_k: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -148,21 +184,34 @@ class Call:
     key: Tensor
     value: Tensor
     bias: Tensor | None
+    distance: Tensor | None
+    position_query: Tensor | None
+    position_key: Tensor | None
+    segment: Tensor | None
     mask: Tensor | None
     seed: Tensor | None
-    first: int
+    segment_q: Tensor | None
+    segment_k: Tensor | None
+    rank_q: Tensor | None
+    rank_k: Tensor | None
     scale: float
     left: int
     right: int
     lower_right: bool
     softcap: float
     dropout_p: float
-    weights: str
+    weights: str = ""
+    distance_zero: int = 0
+    position_zero: int = 0
+    bias_gradient: bool = False
+    distance_gradient: bool = False
+    first: int = 0
     careful: bool = False
 
     def sequence(self, z: int, q: slice, k: slice) -> Call:
         query, key, value = self.query[:, :, q], self.key[:, :, k], self.value[:, :, k]
-        return replace(self, query=query, key=key, value=value, first=z)
+        of_position = None if self.position_query is None else self.position_query[:, :, q]
+        return replace(self, query=query, key=key, value=value, position_query=of_position, first=z)
 
     def forward(self) -> Forward:
         if self.nothing:
@@ -173,22 +222,21 @@ class Call:
         return found
 
     def backward(
-        self,
-        dout: Tensor | None,
-        dlse: Tensor | None,
-        dweights: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        bias_gradient: bool,
-    ) -> Backward:
-        simple = not (self.nothing or bias_gradient) and dlse is None and dweights is None
+        self, dout: Tensor | None, dlse: Tensor | None, dweights: Tensor | None, out: Tensor, lse: Tensor
+    ) -> Gradients:
+        """Those of tables are wide, and the one of position keys has their shape in ``position_key``."""
+        if self.nothing:
+            return self.blank_gradients()
+        more = self.bias_gradient, self.distance_gradient, self.position_query is not None, self.segment is not None
+        simple = not any(more) and dlse is None and dweights is None
+        added = self.bias is not None or self.distance is not None
         # With the least number in a bias the log-sum-exp cannot hold the sum beside it; tiles do not go by it.
-        if simple and dout is not None and flash.serves(self) and not (self.bias is not None and flash.far(lse)):
-            found: Backward = (*flash.backward(self, dout, out, lse), None)
+        if simple and dout is not None and flash.serves(self) and not (added and flash.far(lse)):
+            found: Gradients = (*flash.backward(self, dout, out, lse), None, None, None, None, None)
         else:
-            found = self._backward(dout, dlse, dweights, lse, bias_gradient)
+            found = self._backward(dout, dlse, dweights, lse)
         if self.hides and not all(_finite_sum(t) for t in found if t is not None):
-            return replace(self, careful=True)._backward(dout, dlse, dweights, lse, bias_gradient)
+            return replace(self, careful=True)._backward(dout, dlse, dweights, lse)
         return found
 
     # What follows from the tensors.
@@ -213,18 +261,31 @@ class Call:
 
     @cached_property
     def hides(self) -> bool:
-        return max(self.band[:2]) >= 0 or self.mask is not None or self.bias is not None
+        # A position that a query does not meet is hidden from it as well.
+        may = self.mask, self.bias, self.distance, self.position_query, self.segment, self.rank_q
+        return max(self.band[:2]) >= 0 or any(t is not None for t in may)
 
     @cached_property
     def key_mask(self) -> Tensor | None:
         """The mask as it is added, where it is the same for all queries."""
         return flash.additive(self.mask, self.wide) if self.mask is not None and self.mask.shape[2] == 1 else None
 
+    @cached_property
+    def relative(self) -> bool:
+        """Whether anything is added or hidden by position, segment or rank."""
+        return any(t is not None for t in (self.distance, self.position_query, self.segment, self.rank_q))
+
     @property
     def mask_planes(self) -> tuple[int, int]:
         """Batches and heads that do not share what is added to the scores."""
-        shapes = [t.shape for t in (self.mask, self.bias) if t is not None]
+        ranks = None if self.rank_k is None else self.rank_k[:, None]
+        tensors = self.mask, self.bias, self.distance, self.position_query, self.segment, self.rank_q, ranks
+        shapes = [t.shape for t in tensors if t is not None]
         return max([1, *(s[0] for s in shapes)]), max([1, *(s[1] for s in shapes)])
+
+    @cached_property
+    def positions(self) -> Positions:
+        return Positions(self)
 
     def blank(self) -> Forward:
         """The results of queries that see nothing: what no tile writes stays like this."""
@@ -235,6 +296,22 @@ class Call:
         shape = {"": None, "each": (B, N, Q, K), "mean": (B, Q, K)}[self.weights]
         return out, lse, None if shape is None else self.query.new_zeros(shape)
 
+    def blank_gradients(self) -> Gradients:
+        return _zeros(self.query), _zeros(self.key), _zeros(self.value), *self._blank_terms()
+
+    def _blank_terms(self) -> tuple[Maybe, Maybe, Maybe, Maybe, Maybe]:
+        """Zeros for the gradients of all that is not query, key or value: wide where tiles are summed."""
+        bias = self.bias if self.bias_gradient else None
+        distance = self.distance if self.distance_gradient else None
+        position, keys, segment = self.position_query, self.position_key, self.segment
+        return (
+            None if bias is None else bias.new_zeros(bias.shape, dtype=self.wide),
+            None if distance is None else distance.new_zeros(distance.shape, dtype=self.wide),
+            None if position is None else _zeros(position),
+            None if keys is None else keys.new_zeros(keys.mT.shape, dtype=self.wide).mT,
+            None if segment is None else torch.zeros_like(segment),
+        )
+
     # The walk over tiles.
 
     @cached_property
@@ -244,6 +321,7 @@ class Call:
         M, K = self.key.shape[1:3]
         left, right, _ = self.band
         group = N // M
+        tile = TILE * min(torch.get_num_threads(), CORES)
         rows, span = Q, K
         if left >= 0 and right >= 0:
             rows = max(BAND_ROWS, left + right)
@@ -253,12 +331,14 @@ class Call:
         together = N if self.weights == "mean" else group  # the fewest heads of a tile
         fewest = FEWEST_ROWS
         if together > group:  # better a tile that leaves that cache than one of few rows
-            fewest = max(FEWEST_ROWS, min(4 * FEWEST_ROWS, 8 * TILE // (together * span)))
-        rows = min(Q, rows, max(fewest, TILE // (together * span)))
+            fewest = max(FEWEST_ROWS, min(4 * FEWEST_ROWS, 8 * tile // (together * span)))
+        rows = min(Q, rows, max(fewest, tile // (together * span)))
+        if self.position_query is not None:  # fewer rows, of more heads, meet fewer positions
+            rows = min(rows, max(fewest, span // 4, tile // (N * span)))
         rows = math.ceil(Q / math.ceil(Q / rows))
         if left >= 0 and right >= 0:
             span = min(K, rows + left + right)
-        kv_heads = max(together // group, min(B * M, TILE // (group * rows * span)))
+        kv_heads = max(together // group, min(B * M, tile // (group * rows * span)))
         batches, kv_heads = max(1, kv_heads // M), min(M, kv_heads)
         return batches, kv_heads, rows, batches * kv_heads * group * rows * span
 
@@ -278,25 +358,26 @@ class Call:
         B, M = self.key.shape[:2]
         group = self.query.shape[1] // M
         batches, kv_heads, rows, _ = self._steps
-        if any(t.stride(0) != M * t.stride(1) for t in (self.key, self.value)):
-            batches = 1  # else keys and values would be copied to stand below each other
+        apart = any(t.stride(0) != M * t.stride(1) for t in (self.key, self.value))
+        if apart and M * group * rows * self.key.shape[2] >= flash.ALONE:
+            batches = 1  # else keys and values are copied to stand below each other, cheaper than steps of few scores
         for b in range(0, B, batches):
             for m in range(0, M, kv_heads):
                 part = slice(b, min(b + batches, B)), slice(m, min(m + kv_heads, M))
-                key, value = (self._operand(t[part].flatten(0, 1)) for t in (self.key, self.value))
+                key, value = (self.operand(t[part].flatten(0, 1)) for t in (self.key, self.value))
                 if 4 * rows <= self.query.shape[2]:
                     key, value = key.contiguous(), value.contiguous()
                 yield *part, slice(part[1].start * group, part[1].stop * group), key, value
 
     # What a tile is computed from.
 
-    def _operand(self, x: Tensor) -> Tensor:
+    def operand(self, x: Tensor) -> Tensor:
         x = x.to(self.wide)
         return torch.where(x.isfinite(), x, 0.0) if self.careful else x
 
     def _rows(self, x: Tensor, tile: Tile, pairs: int, scale: float) -> Tensor:
         """A tile's rows of ``[B, N, Q, D]``, the heads of a group below each other: ``[b * m, G * rows, D]``."""
-        rows = self._operand(x[tile.queries].reshape(pairs, -1, x.shape[3]))
+        rows = self.operand(x[tile.queries].reshape(pairs, -1, x.shape[3]))
         return rows if scale == 1.0 else rows * scale
 
     def _scores(
@@ -305,30 +386,48 @@ class Call:
         """The scores ``[b * m, G * rows, keys]`` in space, hidden ones -inf; and the tanh of the cap, in bends."""
         shape = *query.shape[:2], key.shape[1]
         scores = space[: math.prod(shape)].view(shape)
+        table = scores.view(tile.shape)
+        by_position = self.position_query is not None
+        if by_position:
+            table.copy_(self.positions.enter(tile).product(tile, self._inner_scale))
         # The scale after the sum, as formulas have it: a query scaled before would be rounded once more, in each term.
-        torch.baddbmm(scores, query, key.mT, beta=0, alpha=self._inner_scale, out=scores)
+        torch.baddbmm(scores, query, key.mT, beta=int(by_position), alpha=self._inner_scale, out=scores)
         if self.careful:
             bad = self._bad(self.query, tile, True) | self._bad(self.key, tile, False)
-            scores.view(tile.shape).masked_fill_(bad, torch.nan)
+            table.masked_fill_(bad | self.positions.bad(tile) if by_position else bad, torch.nan)
         bent = None
         if self.softcap:
             bent = scores.tanh_() if bends is None else torch.tanh(scores, out=bends[: scores.numel()].view(shape))
             torch.mul(bent, self.softcap, out=scores)
-        self.hide(scores.view(tile.shape), tile)
+        self.hide(table, tile)
         return scores, bent
 
+    def added(self, tile: Tile) -> Iterator[Tensor]:
+        """What is added to a tile's scores, in shapes that broadcast to it."""
+        if self.bias is not None:
+            yield tile.of(self.bias)
+        if self.distance is not None:
+            yield self.positions.enter(tile).added(tile)
+        if self.segment is not None:
+            same, other = self.segment[tile.queries].to(self.wide).split(1, -1)
+            yield torch.where(self._differs(tile), other, same)
+
     def hide(self, scores: Tensor, tile: Tile) -> Tensor:
-        """Add the bias and hide what is hidden, in place; scores broadcast to the tile."""
+        """Add what is added and hide what is hidden, in place; scores broadcast to the tile."""
         if self.careful:
             visible = self._visible(tile)
-            if self.bias is not None:
-                scores.add_(torch.where(visible, tile.of(self.bias), 0.0))
+            for term in self.added(tile):
+                scores.add_(torch.where(visible, term, 0.0))
             return scores.masked_fill_(~visible, -torch.inf)
-        if self.bias is not None:
-            scores.add_(tile.of(self.bias))
+        for term in self.added(tile):
+            scores.add_(term)
+        if self.rank_q is not None:
+            scores.masked_fill_(~self._in_order(tile), -torch.inf)
         if self.mask is not None:
             key_mask = self.key_mask
             scores.add_(flash.additive(tile.of(self.mask), self.wide) if key_mask is None else tile.of(key_mask))
+        if self.distance is not None:  # which has the band in it
+            return scores
         # Only the edges of a band cost something: in between, all the tile's queries see the key.
         left, right, shift = self.band
         rows, keys = tile.shape[2:]
@@ -352,7 +451,20 @@ class Call:
             visible &= offset >= -left
         if right >= 0:
             visible &= offset <= right
-        return visible[None, None] if self.mask is None else visible & tile.of(self.mask)
+        visible = visible[None, None] if self.mask is None else visible & tile.of(self.mask)
+        return visible if self.rank_q is None else visible & self._in_order(tile)
+
+    def _differs(self, tile: Tile) -> Tensor:
+        """Where the segments of query and key are not the same, ``[b, 1, rows, keys]``."""
+        assert self.segment_q is not None
+        assert self.segment_k is not None
+        return tile.of(self.segment_q[:, None, :, None]) != tile.of(self.segment_k[:, None, None])
+
+    def _in_order(self, tile: Tile) -> Tensor:
+        """Which keys have no higher rank than the query."""
+        assert self.rank_q is not None
+        assert self.rank_k is not None
+        return tile.of(self.rank_k[:, None, None]) <= tile.of(self.rank_q[..., None])
 
     def _bad(self, x: Tensor, tile: Tile, of_queries: bool) -> Tensor:
         """Which rows of query or output gradient, or which keys or values, are not finite; broadcasts to the tile."""
@@ -429,17 +541,13 @@ class Call:
                 weights *= self._kept
         return out, lse, weights
 
-    def _backward(
-        self, dout: Tensor | None, dlse: Tensor | None, dweights: Tensor | None, lse: Tensor, bias_gradient: bool
-    ) -> Backward:
-        dquery, dbias = _zeros(self.query), None
-        if bias_gradient:
-            assert self.bias is not None
-            dbias = self.bias.new_zeros(self.bias.shape, dtype=self.wide)
-        if self.nothing:
-            return dquery, _zeros(self.key), _zeros(self.value), _to(dbias, self.bias)
+    def _backward(self, dout: Tensor | None, dlse: Tensor | None, dweights: Tensor | None, lse: Tensor) -> Gradients:
+        dquery = _zeros(self.query)
+        dbias, ddistance, dposition_query, dposition_key, dsegment = terms = self._blank_terms()
         if dout is None:
             dout = self.query.new_zeros(()).expand(*self.query.shape[:3], self.value.shape[3])
+        positions = self.positions
+        positions.totals = ddistance, dposition_key
         some_empty = self.hides and bool((lse == -torch.inf).any())
         *_, rows, size = self._steps
         space, dspace, bends = (self.query.new_empty(size, dtype=self.wide) for _ in range(3))
@@ -488,15 +596,27 @@ class Call:
                 if dbias is not None:
                     where = tile.of(dbias)
                     where += dtable.sum_to_size(where.shape)
+                if dsegment is not None:
+                    differs = self._differs(tile)
+                    parts = (torch.where(of, dtable, 0.0).sum(-1) for of in (~differs, differs))
+                    dsegment[tile.queries] = torch.stack(tuple(parts), -1)
+                if ddistance is not None:
+                    by_position = positions.by_position(dtable, tile)
+                    positions.add_distance_gradient(by_position, tile)
                 if bent is not None:
                     d *= bent.square_().neg_().add_(1.0).mul_(self.softcap)
                     if hidden is not None:
                         dtable.masked_fill_(hidden, 0.0)
+                if dposition_query is not None:
+                    if ddistance is None or bent is not None:
+                        by_position = positions.by_position(dtable, tile)
+                    dposition_query[tile.queries] = positions.product_gradient(by_position, tile, self._inner_scale)
                 _gather(dkey[part], d, query, self._inner_scale, lying)
                 dquery[tile.queries] = torch.bmm(d, key[:, k]).mul_(self._inner_scale).view(*tile.shape[:3], -1)
+        positions.gather()
         if lying:
             dkey, dvalue = _standing(dkey).to(self.key.dtype), _standing(dvalue).to(self.value.dtype)
-        return dquery, dkey, dvalue, _to(dbias, self.bias)
+        return dquery, dkey, dvalue, *terms
 
 
 def _gather(total: Tensor, scores: Tensor, queries: Tensor, scale: float, lying: bool) -> None:

@@ -22,6 +22,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BLOCK_ROWS = 128  # fewest queries of a block: each costs a call, and one more sum into the gradients of its keys
 FEW_ROWS = 64
 MASK_SIZE = 2**20  # elements of a block's mask
+RELATIVE_SIZE = 2**18  # the same where it is computed: it stays in the cache until it is read
 ALONE = 2**17  # scores of a batch that are worth a call of their own, if queries need not be copied then
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -174,6 +175,8 @@ def _at_once(call: Call) -> tuple[Tensor | None, bool] | None:
     Q, K = call.whole.shape[2:]
     planes = call.mask_planes[0] * call.mask_planes[1]
     causal = right == 0 and shift == 0
+    if call.relative:
+        return (_mask(call, call.whole), causal) if planes * Q * K <= MASK_SIZE else None
     if left >= 0 or (right >= 0 and not causal):
         return (_mask(call, call.whole), False) if Q * K <= BLOCK_ROWS**2 and planes * Q * K <= MASK_SIZE else None
     if call.bias is None and (call.mask is None or call.key_mask is not None):
@@ -190,12 +193,15 @@ def _blocks(call: Call) -> Iterator[Tile]:
     left, right, _ = call.band
     batches, heads = call.mask_planes
     rows = Q if left < 0 and right < 0 else Q // 8 if left < 0 or right < 0 else left + right
-    rows = max(1, min(rows, MASK_SIZE // K))
+    most = RELATIVE_SIZE if call.relative else MASK_SIZE
+    if call.position_query is not None:  # fewer rows meet fewer positions
+        rows = min(rows, BLOCK_ROWS)
+    rows = max(1, min(rows, most // K))
     if heads > 1 and call.key.shape[1] == N:
-        heads = max(1, min(N, MASK_SIZE // (rows * K)))
+        heads = max(1, min(N, most // (rows * K)))
     if batches > 1:
-        batches = max(1, min(B, MASK_SIZE // (heads * rows * K)))
-    rows = max(BLOCK_ROWS, min(rows, MASK_SIZE // (batches * heads * K)))
+        batches = max(1, min(B, most // (heads * rows * K)))
+    rows = max(BLOCK_ROWS, min(rows, most // (batches * heads * K)))
     step_b, step_n = (size if of_mask == 1 else step for size, of_mask, step in zip(
         (B, N), call.mask_planes, (batches, heads), strict=True))  # fmt: skip
     for b in range(0, B, step_b):
@@ -205,11 +211,17 @@ def _blocks(call: Call) -> Iterator[Tile]:
 
 def _mask(call: Call, tile: Tile) -> Tensor:
     """All that is added to a block's scores, in the least shape that broadcasts to them."""
-    if max(call.band[:2]) >= 0 or call.mask is None:
+    if call.position_query is not None:
+        return call.hide(call.positions.enter(tile).product(tile, call.scale), tile)
+    edges = max(call.band[:2]) >= 0 and call.distance is None
+    terms = [*call.added(tile)]
+    if call.bias is None and call.mask is None and call.rank_q is None and not edges:
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]  # distances are views, and need no more memory
+    if edges or call.mask is None or call.rank_q is not None:
         planes = (min(n, m) for n, m in zip(tile.shape, call.mask_planes, strict=False))
         return call.hide(call.query.new_zeros(*planes, *tile.shape[2:], dtype=call.wide), tile)
     added = additive(tile.of(call.mask), call.wide) if call.key_mask is None else tile.of(call.key_mask)
-    return added if call.bias is None else tile.of(call.bias) + added
+    return sum(terms, added)
 
 
 def _mark_empty(call: Call, lse: Tensor) -> None:

@@ -145,9 +145,11 @@ def _anew(dout: Tensor, hides: bool, adds: bool) -> tuple[Tensor | None, ...]:
         "softcap": 0.0,
         "dropout_p": 0.0,
         "weights": "",
+        "distance_zero": 0,
+        "position_zero": 0,
     }
     mask = added > -torch.inf if hides and added is not None else None
-    rest: Any = (added if adds else None, mask, None, None, None)
+    rest: Any = (added if adds else None, *[None] * 4, mask, *[None] * 7)
     if torch.is_grad_enabled():
         leaves = [t.view_as(t) for t in (query, key, value)]  # views: a tensor given twice is two variables here
         out, _, _ = reference.attention(*leaves, *rest, **settings)
@@ -157,5 +159,5 @@ def _anew(dout: Tensor, hides: bool, adds: bool) -> tuple[Tensor | None, ...]:
     settings |= {"max_q": query.shape[2], "max_k": key.shape[2], "allow_tf32": False}
     out, lse, _ = blockwise.attention_forward(query, key, value, *rest, **settings)
     given: Any = (dout, None, None, query, key, value, *rest, out, lse)
-    found = blockwise.attention_backward(*given, **settings, bias_gradient=False)
+    found = blockwise.attention_backward(*given, **settings, bias_gradient=False, distance_gradient=False)
     return tuple(g if t.requires_grad else None for g, t in zip(found, (query, key, value), strict=False))

@@ -4,9 +4,16 @@ Shapes: query ``[B, N, Q, D]``, key ``[B, M, K, D]``, value ``[B, M, K, E]``, wh
 serves N/M query heads; bias and mask broadcast to ``[B, N, Q, K]``. Differentiable any number of times.
 
 What a query may see is one idea: a band around the diagonal, ``-left <= j - i - shift <= right``, where a negative
-``left`` or ``right`` does not limit and ``shift`` is 0 or, with ``lower_right``, ``K - Q``; and, of that, where the
-boolean mask is true. What is not seen has no influence, NaN included; a query that sees nothing gets zeros.
+``left`` or ``right`` does not limit and ``shift`` is 0 or, with ``lower_right``, ``K - Q``; of that, where the boolean
+mask is true; and of that, the keys whose rank is no higher than the query's. What is not seen has no influence, NaN
+included; a query that sees nothing gets zeros.
+
+What stands by position goes by ``rel = j - i - (K - Q)``, how far the key stands after the query when the last query
+stands at the last key. A table of L entries with its ``zero`` has that of rel at ``clamp(rel + zero, 0, L - 1)``:
+beyond either end it goes on as it ends.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +24,18 @@ def attention(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None = None,
+    distance: Tensor | None = None,
+    position_query: Tensor | None = None,
+    position_key: Tensor | None = None,
+    segment: Tensor | None = None,
     mask: Tensor | None = None,
     cu_q: Tensor | None = None,
     cu_k: Tensor | None = None,
     seed: Tensor | None = None,
+    segment_q: Tensor | None = None,
+    segment_k: Tensor | None = None,
+    rank_q: Tensor | None = None,
+    rank_k: Tensor | None = None,
     *,
     scale: float,
     left: int = -1,
@@ -29,19 +44,40 @@ def attention(
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     weights: str = "",
+    distance_zero: int = 0,
+    position_zero: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output ``[B, N, Q, E]``, log-sum-exp ``[B, N, Q]`` and attention weights.
+
+    The score of query i and key j is ``softcap(scale * (query . key + position_query . position_key[rel])) + bias
+    + distance[rel] + segment``. ``distance`` ``[B or 1, N or 1, L]`` is a table. ``position_query`` ``[B, N, Q, P]``
+    meets the row of rel of ``position_key`` ``[B or 1, R, L', P]``, a table of which each of R heads serves N/R
+    query heads. ``segment`` ``[B, N, Q, 2]`` is added, its second number where ``segment_q[i] != segment_k[j]``
+    (``[B, Q]`` and ``[B, K]``), else its first. Key j is hidden unless ``rank_k[j] <= rank_q[i]`` (``[B or 1, K]``
+    and ``[B or 1, N or 1, Q]``).
 
     The weights are those that multiply the values, after dropout: ``weights="each"`` gives ``[B, N, Q, K]``,
     ``"mean"`` their mean over the heads ``[B, Q, K]``, ``""`` None. Half precision is computed in float32, and
     the log-sum-exp stays in it.
 
     ``cu_q`` and ``cu_k`` ``[Z+1]`` say that Z sequences are packed one after the other in a batch of one: sequence
-    z has queries ``cu_q[z]:cu_q[z+1]`` and keys ``cu_k[z]:cu_k[z+1]``. Its weights are not offered packed.
+    z has queries ``cu_q[z]:cu_q[z+1]`` and keys ``cu_k[z]:cu_k[z+1]``. Weights, bias, mask, segment and rank are not
+    offered packed.
     """
-    options = {"left": left, "right": right, "lower_right": lower_right, "softcap": softcap, "dropout_p": dropout_p}
+    options: dict[str, Any] = {
+        "scale": scale,
+        "left": left,
+        "right": right,
+        "lower_right": lower_right,
+        "softcap": softcap,
+        "dropout_p": dropout_p,
+        "distance_zero": distance_zero,
+        "position_zero": position_zero,
+    }
     if cu_q is None or cu_k is None:
-        return _attention(query, key, value, bias, mask, seed, 0, scale=scale, weights=weights, **options)  # type: ignore[arg-type]
+        tables = distance, position_query, position_key
+        rest = segment, mask, seed, segment_q, segment_k, rank_q, rank_k
+        return _attention(query, key, value, bias, *tables, *rest, first=0, weights=weights, **options)
     starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
     # What no sequence covers is zero, like a query that sees nothing.
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -49,8 +85,10 @@ def attention(
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=wide)
     for z in range(len(starts_q) - 1):
         q, k = slice(starts_q[z], starts_q[z + 1]), slice(starts_k[z], starts_k[z + 1])
+        of_position = None if position_query is None else position_query[:, :, q]
         one = _attention(
-            query[:, :, q], key[:, :, k], value[:, :, k], None, None, seed, z, scale=scale, weights="", **options  # type: ignore[arg-type]
+            query[:, :, q], key[:, :, k], value[:, :, k], None, distance, of_position, position_key,
+            None, None, seed, None, None, None, None, first=z, weights="", **options,
         )  # fmt: skip
         out = torch.cat([out[:, :, : q.start], one[0], out[:, :, q.stop :]], 2)
         lse = torch.cat([lse[:, :, : q.start], one[1], lse[:, :, q.stop :]], 2)
@@ -62,10 +100,18 @@ def _attention(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
+    distance: Tensor | None,
+    position_query: Tensor | None,
+    position_key: Tensor | None,
+    segment: Tensor | None,
     mask: Tensor | None,
     seed: Tensor | None,
-    first: int,
+    segment_q: Tensor | None,
+    segment_k: Tensor | None,
+    rank_q: Tensor | None,
+    rank_k: Tensor | None,
     *,
+    first: int,
     scale: float,
     left: int,
     right: int,
@@ -73,6 +119,8 @@ def _attention(
     softcap: float,
     dropout_p: float,
     weights: str,
+    distance_zero: int,
+    position_zero: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     B, N, Q, _ = query.shape
     M, K = key.shape[1:3]
@@ -82,13 +130,25 @@ def _attention(
     visible = band(Q, K, left, right, lower_right, query.device).expand(B, N, Q, K)
     if mask is not None:
         visible = visible & mask
+    if rank_q is not None and rank_k is not None:
+        visible = visible & (rank_k[:, None, None] <= rank_q[..., None])
 
-    scores = _finite(q) @ _finite(k).mT * scale
-    scores = scores + _nan_where(~q.isfinite().all(-1, keepdim=True)) + _nan_where(~k.isfinite().all(-1))[:, :, None]
+    products = _products(q, k)
+    if position_query is not None and position_key is not None:
+        table = position_key.to(wide).repeat_interleave(N // position_key.shape[1], 1)
+        at = entry(Q, K, position_zero, table.shape[2], query.device).expand(B, N, Q, K)
+        products = products + _products(position_query.to(wide), table).gather(-1, at)
+    scores = products * scale
     if softcap:
         scores = softcap * torch.tanh(scores.masked_fill(~visible, 0.0) / softcap)  # else 0 * NaN in its gradient
-    if bias is not None:
-        scores = scores + torch.where(visible, bias.to(wide), 0.0)
+    added = [] if bias is None else [bias]
+    if distance is not None:
+        added.append(distance[..., entry(Q, K, distance_zero, distance.shape[2], query.device)])
+    if segment is not None and segment_q is not None and segment_k is not None:
+        differs = segment_q[:, None, :, None] != segment_k[:, None, None]
+        added.append(torch.where(differs, segment[..., 1:], segment[..., :1]))
+    for term in added:
+        scores = scores + torch.where(visible, term.to(wide), 0.0)
     scores = scores.masked_fill(~visible, -torch.inf)
 
     # A row of nothing but -inf has no softmax: it is computed on zeros, and its results are put in place.
@@ -112,6 +172,12 @@ def _attention(
     return out.to(query.dtype), lse, shown
 
 
+def _products(rows: Tensor, columns: Tensor) -> Tensor:
+    """Of each row with each column: NaN where one of the two is not finite, which spoils no other product."""
+    spoiled = ~rows.isfinite().all(-1, keepdim=True) | ~columns.isfinite().all(-1)[:, :, None]
+    return _finite(rows) @ _finite(columns).mT + _nan_where(spoiled)
+
+
 def _finite(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x, 0.0)
 
@@ -122,14 +188,22 @@ def _nan_where(condition: Tensor) -> Tensor:
 
 def band(Q: int, K: int, left: int, right: int, lower_right: bool, device: torch.device) -> Tensor:
     """Which keys the band shows to which queries: bool ``[Q, K]``."""
-    offset = torch.arange(K, device=device) - torch.arange(Q, device=device)[:, None]
-    offset = offset - (K - Q if lower_right else 0)
+    offset = _offset(Q, K, K - Q if lower_right else 0, device)
     visible = torch.ones_like(offset, dtype=torch.bool)
     if left >= 0:
         visible = visible & (offset >= -left)
     if right >= 0:
         visible = visible & (offset <= right)
     return visible
+
+
+def entry(Q: int, K: int, zero: int, length: int, device: torch.device) -> Tensor:
+    """Which entry of a table by position each query and key have: int64 ``[Q, K]``."""
+    return (_offset(Q, K, K - Q, device) + zero).clamp(0, length - 1)
+
+
+def _offset(Q: int, K: int, shift: int, device: torch.device) -> Tensor:
+    return torch.arange(K, device=device) - torch.arange(Q, device=device)[:, None] - shift
 
 
 def dropout_keep(seed: Tensor, heads: Tensor, Q: int, K: int, dropout_p: float, q0: int = 0, k0: int = 0) -> Tensor:

@@ -1,8 +1,7 @@
-"""Gradients of attention: of keys and values, of queries, and of a bias of any broadcast shape.
+"""Gradients of attention: of all that its scores are made of, and of the values.
 
 Nothing of the size of the scores was saved: each kernel computes them again, tile by tile, from the log-sum-exp.
-With w the weights after dropout and dw their gradient (``dO V^T`` and what comes from outside), the scores have the
-gradient ``ds = p * (dw' - delta)``, dw' through dropout and ``delta = sum(w * dw) - dlse`` of each row.
+``gradients.py`` has what the kernels share; those of tables by relative position are in ``diagonals.py``.
 
 Each program owns the tile that it writes and adds to it in one order: no atomics, the same bits every time.
 """
@@ -18,155 +17,42 @@ from torch import Tensor
 
 from ..jit import NAMES, OPTIONS, configuration, dot
 from ..limits import Limits, limits
+from .diagonals import diagonals_backward_kernel, table_backward
 from .forward import live_ranges
-from .plan import Tiles, block, kept, precision, strides
-from .scores import (
-    LOG2E,
-    at_row,
-    dropout_keep,
-    dropout_keys,
-    dropout_threshold,
-    keys_of,
-    keys_of_all,
-    load_tile,
-    sequence_at,
-    tanh,
-    visible_in_band,
+from .gradients import (
+    OF_TERMS,
+    elsewhere,
+    finite,
+    load_numbers,
+    load_rows,
+    load_scores,
+    queries_of,
+    queries_of_all,
+    score_gradients,
+    visible_scores,
 )
+from .plan import Tiles, block, has_any, kept, positions, precision, relative, strides
+from .relative import position_scores, positions_of, unskewed
+from .scores import LOG2E, at_row, dropout_threshold, keys_of, keys_of_all, sequence_at
 
 FAR = tl.constexpr(1024.0)  # from zero, where fp32 has too few digits for what is in a log-sum-exp beside the maximum
-
-# --- the pieces ---
-
-
-@triton.jit
-def queries_of(first, last, shift, left, right, Q, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """The range of queries ``[low, high)`` that see any key from first to last in the band."""
-    low = 0
-    high = Q
-    if HAS_RIGHT:
-        low = tl.minimum(tl.maximum(first - shift - right, 0), Q)
-    if HAS_LEFT:
-        high = tl.minimum(tl.maximum(last - shift + left + 1, 0), Q)
-    return low, high
-
-
-@triton.jit
-def queries_of_all(first, last, shift, left, right, Q, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """The range of queries ``[low, high)`` that see every key from first to last in the band; may be empty."""
-    low = 0
-    high = Q
-    if HAS_RIGHT:
-        low = tl.minimum(tl.maximum(last - shift - right, 0), Q)
-    if HAS_LEFT:
-        high = tl.minimum(tl.maximum(first - shift + left + 1, 0), Q)
-    return low, high
-
-
-@triton.jit
-def load_rows(tensor, first, seen, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """Rows from the first, zero where not seen; tensor: pointer to a head, strides of row and column."""
-    ptr, stride, stride_column = tensor
-    rows = tl.arange(0, seen.shape[0])[:, None]
-    columns = tl.arange(0, BLOCK_WIDTH)[None, :]
-    return load_tile(at_row(ptr, first, stride), rows, stride, columns, stride_column, seen[:, None], WIDTH, True)
-
-
-@triton.jit
-def load_scores(scores, at, Q, K):
-    """A tile of a tensor ``[B, N, Q, K]``; scores: pointer and strides, None of queries or keys that share."""
-    ptr, stride_b, stride_n, stride_q, stride_k = scores
-    b, n, i0, j0, rows, columns = at
-    ptr = at_row(at_row(ptr, b, stride_b), n, stride_n)
-    offsets = rows * 0
-    mask = offsets == 0
-    if stride_q is not None:
-        ptr = at_row(ptr, i0, stride_q)
-        offsets = rows * stride_q
-        mask = i0 + rows < Q
-    if stride_k is not None:
-        ptr = at_row(ptr, j0, stride_k)
-        offsets = offsets + columns * stride_k
-        mask = mask & (j0 + columns < K)
-    return tl.load(ptr + offsets, mask=mask, other=0)
-
-
-@triton.jit
-def finite(x):
-    """x with zeros for what is not finite."""
-    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
-
-
-@triton.jit
-def visible_scores(base, at, mask, band, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """What of a tile of scores is visible; arguments as of ``score_gradients``."""
-    Q, K, shift, left, right = band
-    _, _, i0, j0, rows, columns = at
-    visible = (base != float("inf")) & (j0 + columns < K)
-    visible = visible & visible_in_band(i0 + rows, j0 + columns, shift, left, right, HAS_LEFT, HAS_RIGHT)
-    if mask[0] is not None:
-        visible = visible & (load_scores(mask, at, Q, K) != 0)
-    return visible
-
-
-@triton.jit
-def score_gradients(
-    qk, dw, base, excess, delta,  # tiles of q.k and of dO.v, and what goes with their queries
-    at,                  # batch, head, first query, first key, queries and keys from there (as the tiles have them)
-    bias, mask, dweights,  # pointers and strides
-    dropout,             # seed, threshold, scale of what is kept, number of heads
-    band,                # Q, K, shift, left, right
-    scale, softcap, dweights_scale,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Of a tile of scores, queries by keys or its transpose: the weights after dropout, the gradient of the scores,
-    and that of ``scale * q.k`` in them.
-    """
-    Q, K = band[0], band[1]
-    b, n, i0, j0, rows, columns = at
-    visible = base != float("inf")  # a row that sees nothing has no gradient, whatever comes from outside
-    if MASKED:
-        visible = visible_scores(base, at, mask, band, HAS_LEFT, HAS_RIGHT)
-    x, unit = qk, scale
-    if HAS_SOFTCAP:
-        x, unit = tanh(qk * (scale / softcap)), softcap
-    if bias[0] is not None:  # not in units of log 2, where the least number there is would overflow
-        exponent = (x * unit + load_scores(bias, at, Q, K).to(tl.float32) - base) * LOG2E - excess
-    else:
-        exponent = x * (unit * LOG2E) - base
-    p = tl.exp2(exponent)
-    if MASKED or bias[0] is not None:
-        p = tl.where(visible, p, 0.0)
-
-    if dweights[0] is not None:
-        dw += load_scores(dweights, at, Q, K).to(tl.float32) * dweights_scale
-    w = p
-    if dropout[0] is not None:
-        seed_ptr, threshold, keep_scale, N = dropout
-        first, second = dropout_keys(seed_ptr, b * N + n, i0 + rows)
-        keep = dropout_keep(first, second, j0 + columns, threshold)
-        w = tl.where(keep, p * keep_scale, 0.0)
-        dw = tl.where(keep, dw * keep_scale, 0.0)
-    ds = p * (dw - delta)
-    if MASKED or bias[0] is not None:
-        ds = tl.where(visible, ds, 0.0)
-    dqk = ds
-    if HAS_SOFTCAP:
-        dqk = ds * (1.0 - x * x)
-        if MASKED:  # the score of what is hidden may be NaN
-            dqk = tl.where(visible, dqk, 0.0)
-    return w, ds, dqk
-
 
 # --- the sum of each row that the gradient of a softmax subtracts ---
 
 
-@triton.jit(do_not_specialize=["N", "Q", "K", "left", "right", "threshold"])
+@triton.jit(do_not_specialize=["M", "T_q", "T_k", "max_q", *OF_TERMS, "left", "right", "threshold"])
 def rows_backward_kernel(
     query_ptr, stride_qb, stride_qn, stride_qq, stride_qd,  # [B, N, Q, D]
     key_ptr, stride_kb, stride_km, stride_kk, stride_kd,    # [B, M, K, D]
     bias_ptr, stride_bb, stride_bn, stride_bq, stride_bk,   # [B, N, Q, K]  or None
+    distance_ptr, stride_xb, stride_xn,                     # [B, N, L]     or None
+    position_query_ptr, stride_ub, stride_un, stride_uq, stride_up,  # [B, N, Q, P]  or None
+    position_key_ptr, stride_tb, stride_tr, stride_tl,      # [B, R, L, P]  with position_query
+    segment_ptr, segment_q_ptr, segment_k_ptr,              # [B, N, Q, 2], [B, Q], [B, K]  or None
     mask_ptr, stride_mb, stride_mn, stride_mq, stride_mk,   # [B, N, Q, K]  or None
+    rank_q_ptr, stride_ab, stride_an,                       # [B, N, Q]     or None
+    rank_k_ptr, stride_cb,                                  # [B, K]        with rank_q
+    cu_q_ptr, cu_k_ptr,                                     # [Z+1]         or None: not packed
     seed_ptr,                                               # [1]           or None: no dropout
     out_ptr, stride_ob, stride_on, stride_oq, stride_oe,    # [B, N, Q, E]
     lse_ptr, stride_lb, stride_ln, stride_lq,               # [B, N, Q]
@@ -174,87 +60,104 @@ def rows_backward_kernel(
     dlse_ptr, stride_rb, stride_rn, stride_rq,              # [B, N, Q]     or None
     dweights_ptr, stride_wb, stride_wn, stride_wq, stride_wk,  # [B, N, Q, K]  or None
     base_ptr,                                               # [B, N, Q]     out: what scores compare with
-    excess_ptr,                                             # [B, N, Q]     out, with a bias
+    excess_ptr,                                             # [B, N, Q]     out, if something is added to the scores
     delta_ptr,                                              # [B, N, Q]     out
-    N, Q, K, left, right, threshold,
+    M, T_q, T_k, max_q, R, distance_last, distance_zero, position_last, position_zero, left, right, threshold,
     keep_scale: tl.float32, scale: tl.float32, softcap: tl.float32, dweights_scale: tl.float32,
-    D: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    LOWER_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, LOWER_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(Q, BLOCK_M)
+    ADDED: tl.constexpr = excess_ptr is not None
+    N = M * GROUP
+    blocks = tl.cdiv(max_q, BLOCK_M)
     i0 = tl.program_id(0) % blocks * BLOCK_M
     n = tl.program_id(0) // blocks % N
-    b = tl.program_id(0) // blocks // N
+    z = tl.program_id(0) // blocks // N  # the batch or, packed, the sequence
+    b = z if cu_q_ptr is None else 0
+    first_q, Q = sequence_at(cu_q_ptr, z, T_q)
+    first_k, K = sequence_at(cu_k_ptr, z, T_k)
     i = i0 + tl.arange(0, BLOCK_M)
 
-    lse_ptr = at_row(at_row(lse_ptr, b, stride_lb), n, stride_ln)
+    lse_ptr = at_row(at_row(at_row(lse_ptr, b, stride_lb), n, stride_ln), first_q, stride_lq)
     lse = tl.load(lse_ptr + i.to(tl.int64) * stride_lq, mask=i < Q, other=float("-inf"))
     alive = lse != float("-inf")
     base = tl.where(lse == float("inf"), float("nan"), lse)
-    if bias_ptr is None:
+    if not ADDED:
         base = base * LOG2E
     base = tl.where(alive, base, float("inf"))
-    out_ptr = at_row(at_row(out_ptr, b, stride_ob), n, stride_on)
-    dout_ptr = at_row(at_row(dout_ptr, b, stride_gb), n, stride_gn)
+    out_ptr = at_row(at_row(at_row(out_ptr, b, stride_ob), n, stride_on), first_q, stride_oq)
+    dout_ptr = at_row(at_row(at_row(dout_ptr, b, stride_gb), n, stride_gn), first_q, stride_gq)
     out = load_rows((out_ptr, stride_oq, stride_oe), i0, i < Q, E, BLOCK_E)
     do = load_rows((dout_ptr, stride_gq, stride_ge), i0, i < Q, E, BLOCK_E)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     if dlse_ptr is not None:
-        dlse_ptr = at_row(at_row(dlse_ptr, b, stride_rb), n, stride_rn)
+        dlse_ptr = at_row(at_row(at_row(dlse_ptr, b, stride_rb), n, stride_rn), first_q, stride_rq)
         delta -= tl.load(dlse_ptr + i.to(tl.int64) * stride_rq, mask=i < Q, other=0.0)
 
-    if bias_ptr is not None or dweights_ptr is not None:
+    row = tl.cast(b * N + n, tl.int64) * T_q + first_q
+    if ADDED or dweights_ptr is not None:
         band = (Q, K, K - Q if LOWER_RIGHT else 0, left, right)
-        bias = (bias_ptr, stride_bb, stride_bn, stride_bq, stride_bk)
-        mask = (mask_ptr, stride_mb, stride_mn, stride_mq, stride_mk)
+        added = (
+            (bias_ptr, stride_bb, stride_bn, stride_bq, stride_bk),
+            (distance_ptr, stride_xb, stride_xn, distance_zero, distance_last),
+            (segment_ptr, segment_q_ptr, segment_k_ptr, N),
+        )
+        hidden = (
+            (mask_ptr, stride_mb, stride_mn, stride_mq, stride_mk),
+            (rank_q_ptr, stride_ab, stride_an, rank_k_ptr, stride_cb),
+        )
         rows = tl.arange(0, BLOCK_M)[:, None]
         columns = tl.arange(0, BLOCK_N)[None, :]
         none = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        query_ptr = at_row(at_row(query_ptr, b, stride_qb), n, stride_qn)
-        key_ptr = at_row(at_row(key_ptr, b, stride_kb), n // GROUP, stride_km)
+        query_ptr = at_row(at_row(at_row(query_ptr, b, stride_qb), n, stride_qn), first_q, stride_qq)
+        key_ptr = at_row(at_row(at_row(key_ptr, b, stride_kb), n // GROUP, stride_km), first_k, stride_kk)
         q = load_rows((query_ptr, stride_qq, stride_qd), i0, i < Q, D, BLOCK_D)
+        if position_query_ptr is not None:
+            of_queries, table, zero = positions_of(
+                (position_query_ptr, stride_ub, stride_un, stride_uq, stride_up,
+                 position_key_ptr, stride_tb, stride_tr, stride_tl, R, position_last, position_zero),
+                b, n, first_q, N, Q, K,
+            )  # fmt: skip
+            pq = load_rows(of_queries, i0, i < Q, P, BLOCK_P)
         low, high = keys_of(i0, tl.minimum(i0 + BLOCK_M, Q) - 1, band[2], left, right, K, HAS_LEFT, HAS_RIGHT)
         excess = tl.zeros([BLOCK_M], tl.float32)
-    if bias_ptr is not None:
+        nothing = (None, 0, 0, 0, 0)
+    if ADDED:
         # Where the bias is the least number there is, so is the lse, and the sum that was in it is lost: count again.
         total = tl.zeros([BLOCK_M], tl.float32)
         far = alive & (tl.abs(lse) > FAR)
         last = tl.where(tl.max(far.to(tl.int32), 0) != 0, high, low)
         for j0 in tl.range(low, last, BLOCK_N, num_stages=1):
             k = load_rows((key_ptr, stride_kk, stride_kd), j0, j0 + tl.arange(0, BLOCK_N) < K, D, BLOCK_D)
+            near = none
+            if position_query_ptr is not None:
+                near, _, _ = position_scores(pq, table, zero, i0, j0, 1, P, PRECISION)
             p, _, _ = score_gradients(
-                dot(q, tl.trans(k), none, PRECISION), none, base[:, None], 0.0, 0.0, (b, n, i0, j0, rows, columns),
-                bias, mask, (None, 0, 0, 0, 0), (None, 0, 1.0, N), band, scale, softcap, dweights_scale,
+                dot(q, tl.trans(k), near, PRECISION), none, base[:, None], 0.0, 0.0, (b, n, i0, j0, rows, columns),
+                added, hidden, nothing, (None, 0, 1.0, 0), band, scale, softcap, dweights_scale,
                 HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, True,
             )  # fmt: skip
             total += tl.sum(p, 1)
         excess = tl.log2(tl.where(far & (total > 0.0), total, 1.0))
-        tl.store(at_row(excess_ptr, b * N + n, Q) + i, excess, mask=i < Q)
+        tl.store(excess_ptr + row + i, excess, mask=i < Q)
     if dweights_ptr is not None:
         for j0 in tl.range(low, high, BLOCK_N):
             k = load_rows((key_ptr, stride_kk, stride_kd), j0, j0 + tl.arange(0, BLOCK_N) < K, D, BLOCK_D)
+            near = none
+            if position_query_ptr is not None:
+                near, _, _ = position_scores(pq, table, zero, i0, j0, 1, P, PRECISION)
             _, ds, _ = score_gradients(
-                dot(q, tl.trans(k), none, PRECISION), none, base[:, None], excess[:, None], 0.0,
-                (b, n, i0, j0, rows, columns), bias, mask, (dweights_ptr, stride_wb, stride_wn, stride_wq, stride_wk),
-                (seed_ptr, threshold, keep_scale, N), band, scale, softcap, dweights_scale,
+                dot(q, tl.trans(k), near, PRECISION), none, base[:, None], excess[:, None], 0.0,
+                (b, n, i0, j0, rows, columns), added, hidden,
+                (dweights_ptr, stride_wb, stride_wn, stride_wq, stride_wk),
+                (seed_ptr, threshold, keep_scale, z * N + n), band, scale, softcap, dweights_scale,
                 HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, True,
             )  # fmt: skip
             delta += tl.sum(ds, 1)  # which is w * dw, for nothing was subtracted
 
-    tl.store(at_row(base_ptr, b * N + n, Q) + i, base, mask=i < Q)
-    tl.store(at_row(delta_ptr, b * N + n, Q) + i, tl.where(alive, delta, 0.0), mask=i < Q)
-
-
-@triton.jit
-def load_numbers(numbers, i, Q):
-    """The three numbers of queries i, from pointers and the row to count from; past the last no gradient."""
-    base_ptr, excess_ptr, delta_ptr, row = numbers
-    base = tl.load(base_ptr + row + i, mask=i < Q, other=float("inf"))
-    excess = tl.zeros_like(base)
-    if excess_ptr is not None:
-        excess = tl.load(excess_ptr + row + i, mask=i < Q, other=0.0)
-    return base, excess, tl.load(delta_ptr + row + i, mask=i < Q, other=0.0)
+    tl.store(base_ptr + row + i, base, mask=i < Q)
+    tl.store(delta_ptr + row + i, tl.where(alive, delta, 0.0), mask=i < Q)
 
 
 # --- keys and values ---
@@ -263,9 +166,10 @@ def load_numbers(numbers, i, Q):
 @triton.jit
 def add_queries(
     dk, dv, k, v, low, high, head, j0, query, dout, numbers,
-    bias, mask, dweights, dropout, band, scale, softcap, dweights_scale,
-    D: tl.constexpr, E: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
+    added, hidden, position, dweights, dropout, band, scale, softcap, dweights_scale,
+    D: tl.constexpr, E: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys, with what the queries from low to high of one head add.
 
@@ -286,10 +190,17 @@ def add_queries(
         if CAREFUL:
             q = finite(q)
             do = finite(do)
+        near = none
+        if position[0] is not None:
+            of_queries, table, zero = position
+            pq = load_rows(of_queries, i0, i < Q, P, BLOCK_P)
+            near, _, _ = position_scores(pq, table, zero, i0, j0, 0, P, PRECISION)
+            if not MASKED:  # past the last query stands 0, but not for a position that is NaN
+                near = tl.where((i < Q)[None, :], near, 0.0)
         w, _, dqk = score_gradients(
-            dot(k, tl.trans(q), none, PRECISION), dot(v, tl.trans(do), none, PRECISION),
+            dot(k, tl.trans(q), near, PRECISION), dot(v, tl.trans(do), none, PRECISION),
             base[None, :], excess[None, :], delta[None, :], (b, n, i0, j0, rows, columns),
-            bias, mask, dweights, dropout, band, scale, softcap, dweights_scale,
+            added, hidden, dweights, dropout, band, scale, softcap, dweights_scale,
             HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, MASKED,
         )  # fmt: skip
         dv = dot(w.to(do.dtype), do, dv, PRECISION)
@@ -299,7 +210,7 @@ def add_queries(
 
 @triton.jit
 def spoiled_by_queries(
-    dv, low, high, head, j0, dout, numbers, mask, band,
+    dv, low, high, head, j0, dout, numbers, hidden, band,
     E: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """dv of a block of keys, with NaN where a query from low to high that sees the key has no finite dO."""
@@ -312,32 +223,38 @@ def spoiled_by_queries(
         i = i0 + tl.arange(0, BLOCK_M)
         do = load_rows(dout, i0, i < Q, E, dv.shape[1])
         base, _, _ = load_numbers(numbers, i, Q)
-        visible = visible_scores(base[None, :], (b, n, i0, j0, rows, columns), mask, band, HAS_LEFT, HAS_RIGHT)
+        visible = visible_scores(base[None, :], (b, n, i0, j0, rows, columns), hidden, band, HAS_LEFT, HAS_RIGHT)
         spoilers = tl.where(tl.abs(do.to(tl.float32)) < float("inf"), 0.0, 1.0).to(tl.float16)
         count = dot(tl.where(visible, 1.0, 0.0).to(tl.float16), spoilers, count, "ieee")
     return tl.where(count > 0.0, float("nan"), dv)
 
 
-@triton.jit(do_not_specialize=["M", "T_q", "T_k", "max_k", "left", "right", "threshold"])
+@triton.jit(do_not_specialize=["M", "T_q", "T_k", "max_k", *OF_TERMS, "left", "right", "threshold"])
 def key_backward_kernel(
     query_ptr, stride_qb, stride_qn, stride_qq, stride_qd,  # [B, N, Q, D]
     key_ptr, stride_kb, stride_km, stride_kk, stride_kd,    # [B, M, K, D]
     value_ptr, stride_vb, stride_vm, stride_vk, stride_ve,  # [B, M, K, E]
     bias_ptr, stride_bb, stride_bn, stride_bq, stride_bk,   # [B, N, Q, K]  or None
+    distance_ptr, stride_xb, stride_xn,                     # [B, N, L]     or None
+    position_query_ptr, stride_ub, stride_un, stride_uq, stride_up,  # [B, N, Q, P]  or None
+    position_key_ptr, stride_tb, stride_tr, stride_tl,      # [B, R, L, P]  with position_query
+    segment_ptr, segment_q_ptr, segment_k_ptr,              # [B, N, Q, 2], [B, Q], [B, K]  or None
     mask_ptr, stride_mb, stride_mn, stride_mq, stride_mk,   # [B, N, Q, K]  or None
     live_ptr, stride_lb, stride_ln, stride_lq,              # [B, N, key blocks, 3]  with the mask
+    rank_q_ptr, stride_ab, stride_an,                       # [B, N, Q]     or None
+    rank_k_ptr, stride_cb,                                  # [B, K]        with rank_q
     cu_q_ptr, cu_k_ptr,                                     # [Z+1]         or None: not packed
     seed_ptr,                                               # [1]           or None: no dropout
-    base_ptr, excess_ptr, delta_ptr,                        # [B, N, Q]     of the rows; excess with a bias
+    base_ptr, excess_ptr, delta_ptr,                        # [B, N, Q]     of the rows; excess if something is added
     dout_ptr, stride_gb, stride_gn, stride_gq, stride_ge,   # [B, N, Q, E]
     dweights_ptr, stride_wb, stride_wn, stride_wq, stride_wk,  # [B, N, Q, K]  or None
     dkey_ptr,                                               # [B, K, M, D]  out
     dvalue_ptr,                                             # [B, K, M, E]  out
-    M, T_q, T_k, max_k, left, right, threshold,
+    M, T_q, T_k, max_k, R, distance_last, distance_zero, position_last, position_zero, left, right, threshold,
     keep_scale: tl.float32, scale: tl.float32, softcap: tl.float32, dweights_scale: tl.float32,
-    D: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    LOWER_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, LOWER_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(max_k, BLOCK_N)
     block = tl.program_id(0) % blocks
@@ -352,10 +269,16 @@ def key_backward_kernel(
     N = M * GROUP
     shift = K - Q if LOWER_RIGHT else 0
     band = (Q, K, shift, left, right)
-    bias = (bias_ptr, stride_bb, stride_bn, stride_bq, stride_bk)
-    mask = (mask_ptr, stride_mb, stride_mn, stride_mq, stride_mk)
+    added = (
+        (bias_ptr, stride_bb, stride_bn, stride_bq, stride_bk),
+        (distance_ptr, stride_xb, stride_xn, distance_zero, distance_last),
+        (segment_ptr, segment_q_ptr, segment_k_ptr, N),
+    )
+    hidden = (
+        (mask_ptr, stride_mb, stride_mn, stride_mq, stride_mk),
+        (rank_q_ptr, stride_ab, stride_an, rank_k_ptr, stride_cb),
+    )
     dweights = (dweights_ptr, stride_wb, stride_wn, stride_wq, stride_wk)
-    dropout = (seed_ptr, threshold, keep_scale, N)
     j = j0 + tl.arange(0, BLOCK_N)
 
     key_ptr = at_row(at_row(at_row(key_ptr, b, stride_kb), m, stride_km), first_k, stride_kk)
@@ -369,8 +292,9 @@ def key_backward_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     # Where something is hidden, a NaN in it may have spoiled the sums; then they are made again, with care.
-    HIDES: tl.constexpr = HAS_LEFT or HAS_RIGHT or mask_ptr is not None or bias_ptr is not None
-    CAREFUL_M: tl.constexpr = 16 if BLOCK_M == 16 else BLOCK_M // 2
+    SOME: tl.constexpr = mask_ptr is not None or rank_q_ptr is not None  # may be hidden anywhere in the band
+    HIDES: tl.constexpr = HAS_LEFT or HAS_RIGHT or SOME or excess_ptr is not None
+    CAREFUL_M: tl.constexpr = BLOCK_M if BLOCK_M == 16 or position_query_ptr is not None else BLOCK_M // 2
     for CAREFUL in tl.static_range(2 if HIDES else 1):
         heads = GROUP
         if CAREFUL:
@@ -397,25 +321,34 @@ def key_backward_kernel(
             query = at_row(at_row(at_row(query_ptr, b, stride_qb), n, stride_qn), first_q, stride_qq)
             dout = at_row(at_row(at_row(dout_ptr, b, stride_gb), n, stride_gn), first_q, stride_gq)
             numbers = (base_ptr, excess_ptr, delta_ptr, tl.cast(b * N + n, tl.int64) * T_q + first_q)
-            if CAREFUL:
+            if position_query_ptr is None:
+                position = (None,)
+            else:
+                position = positions_of(
+                    (position_query_ptr, stride_ub, stride_un, stride_uq, stride_up,
+                     position_key_ptr, stride_tb, stride_tr, stride_tl, R, position_last, position_zero),
+                    b, n, first_q, N, Q, K,
+                )  # fmt: skip
+            if CAREFUL or rank_q_ptr is not None:
                 full_low = high
                 full_high = high
+            if CAREFUL:
                 dv = spoiled_by_queries(
-                    dv, low, high, (z, n), j0, (dout, stride_gq, stride_ge), numbers, mask, band,
+                    dv, low, high, (b, n), j0, (dout, stride_gq, stride_ge), numbers, hidden, band,
                     E, HAS_LEFT, HAS_RIGHT, CAREFUL_M,
                 )  # fmt: skip
             bounds = (low, full_low, full_high, high)
             for PHASE in tl.static_range(3):
                 if (
-                    (PHASE == 0 and (HAS_RIGHT or mask_ptr is not None or CAREFUL))
-                    or (PHASE == 1 and not CAREFUL)
-                    or (PHASE == 2 and (HAS_LEFT or mask_ptr is not None) and not CAREFUL)
+                    (PHASE == 0 and (HAS_RIGHT or SOME or CAREFUL))
+                    or (PHASE == 1 and rank_q_ptr is None and not CAREFUL)
+                    or (PHASE == 2 and (HAS_LEFT or mask_ptr is not None) and rank_q_ptr is None and not CAREFUL)
                 ):
                     dk, dv = add_queries(
-                        dk, dv, k, v, bounds[PHASE], bounds[PHASE + 1], (z, n), j0,
-                        (query, stride_qq, stride_qd), (dout, stride_gq, stride_ge), numbers,
-                        bias, mask, dweights, dropout, band, scale, softcap, dweights_scale,
-                        D, E, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION,
+                        dk, dv, k, v, bounds[PHASE], bounds[PHASE + 1], (b, n), j0,
+                        (query, stride_qq, stride_qd), (dout, stride_gq, stride_ge), numbers, added, hidden, position,
+                        dweights, (seed_ptr, threshold, keep_scale, z * N + n), band, scale, softcap, dweights_scale,
+                        D, E, P, BLOCK_P, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION,
                         CAREFUL_M if CAREFUL else BLOCK_M, PHASE != 1, CAREFUL,
                     )  # fmt: skip
 
@@ -432,15 +365,28 @@ def key_backward_kernel(
 
 
 @triton.jit
+def with_sums(sums, x, first, second):
+    """sums ``[rows, 2]`` and those of each row of x, where first holds and where second does."""
+    return sums + tl.sum(tl.join(tl.where(first, x, 0.0), tl.where(second, x, 0.0)), 1)
+
+
+@triton.jit
 def add_keys(
-    dq, q, do, base, excess, delta, low, high, head, i0, key, value,
-    bias, mask, dweights, dropout, band, scale, softcap, dweights_scale,
-    D: tl.constexpr, E: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
+    sums, q, do, base, excess, delta, low, high, head, i0, key, value,
+    added, hidden, position, dweights, dropout, band, scale, softcap, dweights_scale,
+    D: tl.constexpr, E: tl.constexpr, P: tl.constexpr, DISTANCE: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """dq of a block of queries, with what the keys from low to high add; CAREFUL as in ``add_queries``."""
+    """The sums of a block of queries, with what the keys from low to high add; CAREFUL as in ``add_queries``.
+
+    That is dq; then dposition_query, what belongs to the ends of position_key, what belongs to those of the table by
+    distance (if DISTANCE), and dsegment, 0 where there is no such thing.
+    """
+    dq, dposition, position_ends, distance_ends, dsegment = sums
     Q, K = band[0], band[1]
     b, n = head
+    mask, segment = hidden[0], added[2]
     rows = tl.arange(0, q.shape[0])[:, None]
     columns = tl.arange(0, BLOCK_N)[None, :]
     none = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
@@ -453,34 +399,65 @@ def add_keys(
         v = load_rows(value, j0, seen, E, do.shape[1])
         if CAREFUL:
             k = finite(k)
-        _, _, dqk = score_gradients(
-            dot(q, tl.trans(k), none, PRECISION), dot(do, tl.trans(v), none, PRECISION), base, excess, delta,
-            (b, n, i0, j0, rows, columns), bias, mask, dweights, dropout, band, scale, softcap, dweights_scale,
+        near = none
+        if position[0] is not None:
+            pq, table, zero = position
+            near, before, after = position_scores(pq, table, zero, i0, j0, 1, P, PRECISION)
+        at = (b, n, i0, j0, rows, columns)
+        _, ds, dqk = score_gradients(
+            dot(q, tl.trans(k), near, PRECISION), dot(do, tl.trans(v), none, PRECISION), base, excess, delta,
+            at, added, hidden, dweights, dropout, band, scale, softcap, dweights_scale,
             HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, MASKED,
         )  # fmt: skip
         dq = dot(dqk.to(k.dtype), k, dq, PRECISION)
-    return dq
+        offset = (j0 + columns) - (i0 + rows)
+        if position[0] is not None:
+            if CAREFUL:
+                before = finite(before)
+                after = finite(after)
+            of_before, of_after = unskewed(dqk.to(pq.dtype), 1)
+            dposition = dot(of_before, before, dposition, PRECISION)
+            dposition = dot(of_after, after, dposition, PRECISION)
+            entry = offset + zero
+            position_ends = with_sums(position_ends, dqk, entry <= 0, entry >= tl.maximum(table[2], 1))
+        if DISTANCE:
+            entry = offset + added[1][3] - (K - Q)
+            distance_ends = with_sums(distance_ends, ds, entry <= 0, entry >= tl.maximum(added[1][4], 1))
+        if segment[0] is not None:
+            differs = elsewhere(segment, at, Q, K)
+            dsegment = with_sums(dsegment, ds, differs == 0, differs)
+    return dq, dposition, position_ends, distance_ends, dsegment
 
 
-@triton.jit(do_not_specialize=["M", "T_q", "T_k", "max_q", "left", "right", "threshold"])
+@triton.jit(do_not_specialize=["M", "T_q", "T_k", "max_q", *OF_TERMS, "left", "right", "threshold"])
 def query_backward_kernel(
     query_ptr, stride_qb, stride_qn, stride_qq, stride_qd,  # [B, N, Q, D]
     key_ptr, stride_kb, stride_km, stride_kk, stride_kd,    # [B, M, K, D]
     value_ptr, stride_vb, stride_vm, stride_vk, stride_ve,  # [B, M, K, E]
     bias_ptr, stride_bb, stride_bn, stride_bq, stride_bk,   # [B, N, Q, K]  or None
+    distance_ptr, stride_xb, stride_xn,                     # [B, N, L]     or None
+    position_query_ptr, stride_ub, stride_un, stride_uq, stride_up,  # [B, N, Q, P]  or None
+    position_key_ptr, stride_tb, stride_tr, stride_tl,      # [B, R, L, P]  with position_query
+    segment_ptr, segment_q_ptr, segment_k_ptr,              # [B, N, Q, 2], [B, Q], [B, K]  or None
     mask_ptr, stride_mb, stride_mn, stride_mq, stride_mk,   # [B, N, Q, K]  or None
     live_ptr, stride_lb, stride_ln, stride_lq,              # [B, N, query blocks, 3]  with the mask
+    rank_q_ptr, stride_ab, stride_an,                       # [B, N, Q]     or None
+    rank_k_ptr, stride_cb,                                  # [B, K]        with rank_q
     cu_q_ptr, cu_k_ptr,                                     # [Z+1]         or None: not packed
     seed_ptr,                                               # [1]           or None: no dropout
-    base_ptr, excess_ptr, delta_ptr,                        # [B, N, Q]     of the rows; excess with a bias
+    base_ptr, excess_ptr, delta_ptr,                        # [B, N, Q]     of the rows; excess if something is added
     dout_ptr, stride_gb, stride_gn, stride_gq, stride_ge,   # [B, N, Q, E]
     dweights_ptr, stride_wb, stride_wn, stride_wq, stride_wk,  # [B, N, Q, K]  or None
     dquery_ptr,                                             # [B, Q, N, D]  out
-    M, T_q, T_k, max_q, left, right, threshold,
+    dposition_query_ptr,                                    # [B, Q, N, P]  out, with position_query
+    position_ends_ptr,                                      # [B, N, Q, 2]  out, with it: of the ends of its table
+    distance_ends_ptr,                                      # [B, N, Q, 2]  out, of the ends of distance, or None
+    dsegment_ptr,                                           # [B, N, Q, 2]  out, with segment
+    M, T_q, T_k, max_q, R, distance_last, distance_zero, position_last, position_zero, left, right, threshold,
     keep_scale: tl.float32, scale: tl.float32, softcap: tl.float32, dweights_scale: tl.float32,
-    D: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    LOWER_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, LOWER_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     N = M * GROUP
     blocks = tl.cdiv(max_q, BLOCK_M)
@@ -518,12 +495,40 @@ def query_backward_kernel(
     low = low // BLOCK_N * BLOCK_N
     full_low = tl.minimum(tl.cdiv(full_low, BLOCK_N) * BLOCK_N, high)
     full_high = tl.maximum(tl.minimum(full_high // BLOCK_N * BLOCK_N, high), full_low)
+    if rank_q_ptr is not None:
+        full_low = low
+        full_high = low
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # Where something is hidden, a NaN in it may have spoiled the sums; then they are made again, with care.
-    HIDES: tl.constexpr = HAS_LEFT or HAS_RIGHT or mask_ptr is not None
+    dposition, position_ends, distance_ends, dsegment = 0.0, 0.0, 0.0, 0.0
+    position = (None,)
+    if position_query_ptr is not None:
+        of_queries, table, zero = positions_of(
+            (position_query_ptr, stride_ub, stride_un, stride_uq, stride_up,
+             position_key_ptr, stride_tb, stride_tr, stride_tl, R, position_last, position_zero),
+            b, n, first_q, N, Q, K,
+        )  # fmt: skip
+        position = (load_rows(of_queries, i0, i < Q, P, BLOCK_P), table, zero)
+        dposition = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
+        position_ends = tl.zeros([BLOCK_M, 2], tl.float32)
+    if distance_ends_ptr is not None:
+        distance_ends = tl.zeros([BLOCK_M, 2], tl.float32)
+    if segment_ptr is not None:
+        dsegment = tl.zeros([BLOCK_M, 2], tl.float32)
+    # Where something is hidden, a NaN in it may have spoiled the sums; then they are made again, with care. Of the
+    # positions of a window, there is always some that not every query of a tile meets.
+    SOME: tl.constexpr = mask_ptr is not None or rank_q_ptr is not None  # may be hidden anywhere in the band
+    HIDES: tl.constexpr = HAS_LEFT or HAS_RIGHT or SOME or position_query_ptr is not None
     for CAREFUL in tl.static_range(2 if HIDES else 1):
         if CAREFUL:
             again = tl.max(tl.where(dq != dq, 1, 0))  # flat: see forward.py
+            if position_query_ptr is not None:
+                again = again | tl.max(tl.where(dposition != dposition, 1, 0))
+                dposition = tl.where(again != 0, 0.0, dposition)
+                position_ends = tl.where(again != 0, 0.0, position_ends)
+            if distance_ends_ptr is not None:
+                distance_ends = tl.where(again != 0, 0.0, distance_ends)
+            if segment_ptr is not None:
+                dsegment = tl.where(again != 0, 0.0, dsegment)
             dq = tl.where(again != 0, 0.0, dq)
             full_low = low
             full_high = low
@@ -531,49 +536,79 @@ def query_backward_kernel(
         bounds = (low, full_low, full_high, high)
         for PHASE in tl.static_range(3):
             if (
-                (PHASE == 0 and (HAS_LEFT or mask_ptr is not None) and not CAREFUL)
-                or (PHASE == 1 and not CAREFUL)
+                (PHASE == 0 and (HAS_LEFT or mask_ptr is not None) and rank_q_ptr is None and not CAREFUL)
+                or (PHASE == 1 and rank_q_ptr is None and not CAREFUL)
                 or PHASE == 2
             ):
-                dq = add_keys(
-                    dq, q, do, base[:, None], excess[:, None], delta[:, None],
-                    bounds[PHASE], bounds[PHASE + 1], (z, n), i0,
+                dq, dposition, position_ends, distance_ends, dsegment = add_keys(
+                    (dq, dposition, position_ends, distance_ends, dsegment),
+                    q, do, base[:, None], excess[:, None], delta[:, None],
+                    bounds[PHASE], bounds[PHASE + 1], (b, n), i0,
                     (key_ptr, stride_kk, stride_kd), (value_ptr, stride_vk, stride_ve),
-                    (bias_ptr, stride_bb, stride_bn, stride_bq, stride_bk),
-                    (mask_ptr, stride_mb, stride_mn, stride_mq, stride_mk),
-                    (dweights_ptr, stride_wb, stride_wn, stride_wq, stride_wk),
-                    (seed_ptr, threshold, keep_scale, N), (Q, K, shift, left, right), scale, softcap, dweights_scale,
-                    D, E, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION, BLOCK_N, PHASE != 1, CAREFUL,
+                    (
+                        (bias_ptr, stride_bb, stride_bn, stride_bq, stride_bk),
+                        (distance_ptr, stride_xb, stride_xn, distance_zero, distance_last),
+                        (segment_ptr, segment_q_ptr, segment_k_ptr, N),
+                    ),
+                    (
+                        (mask_ptr, stride_mb, stride_mn, stride_mq, stride_mk),
+                        (rank_q_ptr, stride_ab, stride_an, rank_k_ptr, stride_cb),
+                    ),
+                    position, (dweights_ptr, stride_wb, stride_wn, stride_wq, stride_wk),
+                    (seed_ptr, threshold, keep_scale, z * N + n), (Q, K, shift, left, right),
+                    scale, softcap, dweights_scale, D, E, P, distance_ends_ptr is not None,
+                    HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, PRECISION, BLOCK_N, PHASE != 1, CAREFUL,
                 )  # fmt: skip
 
     rows = tl.arange(0, BLOCK_M)[:, None] * N + n
     d = tl.arange(0, BLOCK_D)[None, :]
+    first_row = tl.cast(b, tl.int64) * T_q + first_q + i0
     dq = (dq * scale).to(dquery_ptr.dtype.element_ty)
-    dquery_ptr = at_row(dquery_ptr, tl.cast(b, tl.int64) * T_q + first_q + i0, N * D)
-    tl.store(dquery_ptr + (rows * D + d), dq, mask=(i < Q)[:, None] & (d < D))
+    tl.store(at_row(dquery_ptr, first_row, N * D) + (rows * D + d), dq, mask=(i < Q)[:, None] & (d < D))
+    pairs = tl.arange(0, BLOCK_M)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    pair_row = tl.cast(b * N + n, tl.int64) * T_q + first_q + i0
+    if position_query_ptr is not None:
+        p = tl.arange(0, BLOCK_P)[None, :]
+        dposition = (dposition * scale).to(dposition_query_ptr.dtype.element_ty)
+        dposition_query_ptr = at_row(dposition_query_ptr, first_row, N * P)
+        tl.store(dposition_query_ptr + (rows * P + p), dposition, mask=(i < Q)[:, None] & (p < P))
+        tl.store(at_row(position_ends_ptr, pair_row, 2) + pairs, position_ends * scale, mask=(i < Q)[:, None])
+    if distance_ends_ptr is not None:
+        tl.store(at_row(distance_ends_ptr, pair_row, 2) + pairs, distance_ends, mask=(i < Q)[:, None])
+    if segment_ptr is not None:
+        dsegment = dsegment.to(dsegment_ptr.dtype.element_ty)
+        tl.store(at_row(dsegment_ptr, pair_row, 2) + pairs, dsegment, mask=(i < Q)[:, None])
 
 
 # --- bias ---
 
 
-@triton.jit(do_not_specialize=["B", "N", "Q", "K", "Bb", "Nb", "Qb", "Kb", "left", "right", "threshold"])
+@triton.jit(do_not_specialize=[
+    "B", "N", "Q", "K", "Bb", "Nb", "Qb", "Kb", *OF_TERMS, "left", "right", "threshold"
+])  # fmt: skip
 def bias_backward_kernel(
     query_ptr, stride_qb, stride_qn, stride_qq, stride_qd,  # [B, N, Q, D]
     key_ptr, stride_kb, stride_km, stride_kk, stride_kd,    # [B, M, K, D]
     value_ptr, stride_vb, stride_vm, stride_vk, stride_ve,  # [B, M, K, E]
     bias_ptr, stride_bb, stride_bn, stride_bq, stride_bk,   # [B, N, Q, K]
+    distance_ptr, stride_xb, stride_xn,                     # [B, N, L]     or None
+    position_query_ptr, stride_ub, stride_un, stride_uq, stride_up,  # [B, N, Q, P]  or None
+    position_key_ptr, stride_tb, stride_tr, stride_tl,      # [B, R, L, P]  with position_query
+    segment_ptr, segment_q_ptr, segment_k_ptr,              # [B, N, Q, 2], [B, Q], [B, K]  or None
     mask_ptr, stride_mb, stride_mn, stride_mq, stride_mk,   # [B, N, Q, K]  or None
+    rank_q_ptr, stride_ab, stride_an,                       # [B, N, Q]     or None
+    rank_k_ptr, stride_cb,                                  # [B, K]        with rank_q
     seed_ptr,                                               # [1]           or None: no dropout
-    base_ptr, excess_ptr, delta_ptr,                        # [B, N, Q]     of the rows; excess with a bias
+    base_ptr, excess_ptr, delta_ptr,                        # [B, N, Q]     of the rows; excess if something is added
     dout_ptr, stride_gb, stride_gn, stride_gq, stride_ge,   # [B, N, Q, E]
     dweights_ptr, stride_wb, stride_wn, stride_wq, stride_wk,  # [B, N, Q, K]  or None
     dbias_ptr,                                              # [Bb, Nb, Qb, Kb]  out: each 1 or that of the scores
-    B, N, Q, K, Bb, Nb, Qb, Kb, left, right, threshold,
+    B, N, Q, K, Bb, Nb, Qb, Kb, R, distance_last, distance_zero, position_last, position_zero, left, right, threshold,
     keep_scale: tl.float32, scale: tl.float32, softcap: tl.float32, dweights_scale: tl.float32,
-    D: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    LOWER_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SUM_Q: tl.constexpr, SUM_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, LOWER_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SUM_Q: tl.constexpr,
+    SUM_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A program adds up a tile of scores' gradients, over batches, heads, queries and keys that share the bias."""
     key_blocks = tl.cdiv(Kb, BLOCK_N)
@@ -627,12 +662,29 @@ def bias_backward_kernel(
         v = load_rows((value, stride_vk, stride_ve), j0, j < K, E, BLOCK_E)
         numbers = (base_ptr, excess_ptr, delta_ptr, tl.cast(b * N + n, tl.int64) * Q)
         base, excess, delta = load_numbers(numbers, i, Q)
+        near = none
+        if position_query_ptr is not None:
+            of_queries, table, zero = positions_of(
+                (position_query_ptr, stride_ub, stride_un, stride_uq, stride_up,
+                 position_key_ptr, stride_tb, stride_tr, stride_tl, R, position_last, position_zero),
+                b, n, 0, N, Q, K,
+            )  # fmt: skip
+            pq = load_rows(of_queries, i0, i < Q, P, BLOCK_P)
+            near, _, _ = position_scores(pq, table, zero, i0, j0, 1, P, PRECISION)
         _, ds, _ = score_gradients(
-            dot(q, tl.trans(k), none, PRECISION), dot(do, tl.trans(v), none, PRECISION), base[:, None], excess[:, None],
-            delta[:, None], (b, n, i0, j0, rows, columns), (bias_ptr, stride_bb, stride_bn, stride_bq, stride_bk),
-            (mask_ptr, stride_mb, stride_mn, stride_mq, stride_mk),
+            dot(q, tl.trans(k), near, PRECISION), dot(do, tl.trans(v), none, PRECISION), base[:, None], excess[:, None],
+            delta[:, None], (b, n, i0, j0, rows, columns),
+            (
+                (bias_ptr, stride_bb, stride_bn, stride_bq, stride_bk),
+                (distance_ptr, stride_xb, stride_xn, distance_zero, distance_last),
+                (segment_ptr, segment_q_ptr, segment_k_ptr, N),
+            ),
+            (
+                (mask_ptr, stride_mb, stride_mn, stride_mq, stride_mk),
+                (rank_q_ptr, stride_ab, stride_an, rank_k_ptr, stride_cb),
+            ),
             (dweights_ptr, stride_wb, stride_wn, stride_wq, stride_wk),
-            (seed_ptr, threshold, keep_scale, N), (Q, K, shift, left, right), scale, softcap, dweights_scale,
+            (seed_ptr, threshold, keep_scale, b * N + n), (Q, K, shift, left, right), scale, softcap, dweights_scale,
             HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, True,
         )  # fmt: skip
         acc += ds
@@ -655,15 +707,23 @@ def bias_backward_kernel(
 
 @functools.cache
 def backward_tiles(
-    gradient: str, D: int, E: int, dtype: torch.dtype, precision: str, dense: bool, limits: Limits
+    gradient: str, D: int, E: int, P: int, dtype: torch.dtype, precision: str, dense: bool, limits: Limits
 ) -> Tiles:
     """The tiles of the kernel that makes a gradient, for heads of width D and E; ``dense``: with more than a band.
 
-    A program keeps the rows that it owns and their gradients, and walks over the others.
+    A program keeps the rows that it owns and their gradients, and walks over the others. With relative positions of
+    width P, or along diagonals, tiles are square.
     """
-    width = max(64, block(max(D, E)))
     # Before Hopper, products take their operands from registers, so there are fewer for the tiles.
     roomy = limits.shared > 200_000
+    if P or gradient == "diagonals":
+        row, half = block(max(D, E, P)) * dtype.itemsize, dtype.itemsize == 2
+        most = {"rows": 256, "key": 256 if roomy else 128, "diagonals": 256 if half else 128}.get(gradient, 128)
+        large = row <= most and (half or precision == "tf32")
+        if roomy and half and row == 128 and not P:
+            return Tiles(64, 64, 8, 1)
+        return Tiles(32, 32, 8, 1) if large else Tiles(16, 16, 4, 1)
+    width = max(64, block(max(D, E)))
     if gradient == "key":
         own, walked = 8192 // width, 32 if width < 128 or not dense else 16
         if width >= 128 and not roomy and (dense or width > 128):
@@ -725,10 +785,18 @@ def attention_backward(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
+    distance: Tensor | None,
+    position_query: Tensor | None,
+    position_key: Tensor | None,
+    segment: Tensor | None,
     mask: Tensor | None,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
     seed: Tensor | None,
+    segment_q: Tensor | None,
+    segment_k: Tensor | None,
+    rank_q: Tensor | None,
+    rank_k: Tensor | None,
     out: Tensor,
     lse: Tensor,
     *,
@@ -741,27 +809,40 @@ def attention_backward(
     max_q: int,
     max_k: int,
     weights: str,
+    distance_zero: int,
+    position_zero: int,
     allow_tf32: bool,
     bias_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and, where asked for, bias; ``[B, T, N, D]`` in memory.
+    distance_gradient: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, bias, distance, position_query, position_key and segment.
 
-    dout, dlse and dweights are gradients of the three results of ``attention_forward``, None for zeros; out and lse
-    are two of the results, and the rest are its arguments.
+    None of what is not there and, for bias and distance, not asked for; those of queries, position_query, keys and
+    values are ``[B, T, N, D]`` in memory. dout, dlse and dweights are gradients of the three results of
+    ``attention_forward``, None for zeros; out and lse are two of the results, and the rest are its arguments.
     """
     (B, N, Q, D), (M, K, E) = query.shape, value.shape[1:]
     packed = cu_q is not None
-    dq = query.new_empty(B, Q, N, D)
-    dk, dv = key.new_empty(B, K, M, D), value.new_empty(B, K, M, E)
-    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if bias_gradient else None
-    if packed or 0 in (B, N, Q, K):  # not every row has a program
-        for gradient in (dq, dk, dv, dbias):
-            if gradient is not None:
-                gradient.zero_()
-    views = dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dbias
-    if 0 in (B, N, Q, K):
-        return views
-    sequences = cu_q.shape[0] - 1 if packed else B
+    nothing = 0 in (B, N, Q, K)
+    new = functools.partial(torch.zeros if packed or nothing else torch.empty, device=query.device)
+
+    def rows_like(tensor: Tensor) -> Tensor:
+        B, N, T, D = tensor.shape
+        return new(B, T, N, D, dtype=tensor.dtype).transpose(1, 2)
+
+    dq, dk, dv = rows_like(query), rows_like(key), rows_like(value)
+    dbias = new(bias.shape, dtype=bias.dtype) if bias is not None and bias_gradient else None
+    dposition_query = None if position_query is None else rows_like(position_query)
+    dsegment = None if segment is None else new(segment.shape, dtype=segment.dtype)
+    ddistance = new(distance.shape, dtype=distance.dtype) if distance is not None and distance_gradient else None
+    dposition_key = None if position_key is None else new(position_key.shape, dtype=position_key.dtype)
+    if nothing:
+        return dq, dk, dv, dbias, ddistance, dposition_query, dposition_key, dsegment
+    # What belongs to the two ends of a table, of each query.
+    position_ends, distance_ends = (
+        None if gradient is None else new(B, N, Q, 2, dtype=torch.float32) for gradient in (dposition_key, ddistance)
+    )
+    sequences = cu_q.shape[0] - 1 if cu_q is not None else B
     if dout is None:
         dout = out.new_zeros(()).expand(out.shape)
     if weights == "mean" and dweights is not None:
@@ -770,11 +851,14 @@ def attention_backward(
     base, excess, delta = torch.empty(3, B, N, Q, dtype=torch.float32, device=query.device)
     device = limits(query.device)
     reads = precision(query.dtype, allow_tf32, device)
+    terms = relative(query, distance, segment, segment_q, segment_k, rank_q, rank_k, distance_zero)
+    added = any(t is not None for t in (bias, distance, segment))
     tensors = {
         "query_ptr": query, **strides("q", "bnqd", query), "key_ptr": key, **strides("k", "bmkd", key),
         "bias_ptr": bias, **score_strides("b", bias), "mask_ptr": mask, **score_strides("m", mask),
+        **terms, **positions(position_query, position_key, position_zero),
         "seed_ptr": seed if dropout_p else None, "base_ptr": base,
-        "excess_ptr": None if bias is None else excess, "delta_ptr": delta,
+        "excess_ptr": excess if added else None, "delta_ptr": delta,
         "dout_ptr": dout, **strides("g", "bnqe", dout), "dweights_ptr": dweights, **score_strides("w", dweights),
     }  # fmt: skip
     values = {"value_ptr": value, **strides("v", "bmke", value)}
@@ -785,13 +869,15 @@ def attention_backward(
         "dweights_scale": 1.0 / N if weights == "mean" else 1.0, **OPTIONS,
         **constants(D, E, N // M, left >= 0, right >= 0, lower_right, softcap != 0.0, reads),
     }  # fmt: skip
-    dense = bias is not None or mask is not None or dropout_p > 0.0
-    how = functools.partial(backward_tiles, D=D, E=E, dtype=query.dtype, precision=reads, dense=dense, limits=device)
+    how = functools.partial(
+        backward_tiles, D=D, E=E, P=0 if position_query is None else position_query.shape[3], dtype=query.dtype,
+        precision=reads, dense=bias is not None or mask is not None or dropout_p > 0.0 or has_any(terms), limits=device,
+    )  # fmt: skip
     with torch.cuda.device_of(query):  # for a CPU tensor, nothing
         tile = how("rows")
-        rows_backward_kernel[triton.cdiv(Q, tile.block_m) * B * N,](
-            **tensors, out_ptr=out, **strides("o", "bnqe", out), lse_ptr=lse, **strides("l", "bnq", lse),
-            dlse_ptr=dlse, **strides("r", "bnq", dlse), N=N, Q=Q, K=K, **options, **sizes(tile),
+        rows_backward_kernel[triton.cdiv(max_q, tile.block_m) * sequences * N,](
+            **tensors, **packing, out_ptr=out, **strides("o", "bnqe", out), lse_ptr=lse, **strides("l", "bnq", lse),
+            dlse_ptr=dlse, **strides("r", "bnq", dlse), max_q=max_q, **options, **sizes(tile),
         )  # fmt: skip
         tile = how("key")
         live = None if mask is None else live_ranges(mask.mT, tile.block_n)
@@ -803,7 +889,8 @@ def attention_backward(
         live = None if mask is None else live_ranges(mask, tile.block_m)
         query_backward_kernel[triton.cdiv(max_q, tile.block_m) * sequences * N,](
             **tensors, **values, **packing, live_ptr=live, **strides("l", "bnq", live),
-            dquery_ptr=dq, max_q=max_q, **options, **sizes(tile),
+            dquery_ptr=dq, dposition_query_ptr=dposition_query, position_ends_ptr=position_ends,
+            distance_ends_ptr=distance_ends, dsegment_ptr=dsegment, max_q=max_q, **options, **sizes(tile),
         )  # fmt: skip
         if dbias is not None:
             tile = how("bias")
@@ -812,51 +899,87 @@ def attention_backward(
                 **tensors, **values, dbias_ptr=dbias, B=B, N=N, Q=Q, K=K, Bb=Bb, Nb=Nb, Qb=Qb, Kb=Kb,
                 SUM_Q=Qb == 1, SUM_K=Kb == 1, **options, **sizes(tile),
             )  # fmt: skip
-    return views
+    table = functools.partial(
+        table_backward, sequences=sequences, tile=how("diagonals"),
+        arguments=tensors | values | packing | options,
+    )  # fmt: skip
+    if distance is not None and distance_ends is not None:
+        ddistance = table("distance", distance, distance_zero, distance_ends.sum(2))
+    if position_query is not None and position_key is not None and position_ends is not None:
+        of_queries = torch.where(position_query.isfinite(), position_query, 0.0).float()  # NaN is in their numbers
+        dposition_key = table("position_key", position_key, position_zero, position_ends.mT @ of_queries)
+    return dq, dk, dv, dbias, ddistance, dposition_query, dposition_key, dsegment
 
 
 def configurations(limits: Limits) -> Iterator[dict[str, Any]]:
-    """The ways in which these kernels run: head widths and types plain, causal, and with everything."""
+    """The ways in which these kernels run: head widths and types plain, causal, and with everything but what goes by
+    relative position; with a table by distance; and with all else that goes by it, in a causal band.
+    """
     half, tf32, ieee = (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")
     cases = [(D, *half, kind) for D in (64, 128) for kind in ("plain", "causal", "all")]
     cases += [(D, *tf32, kind) for D in (64, 128) for kind in ("causal", "all")]
     cases += [(64, *ieee, "causal"), (128, torch.float16, "ieee", "causal")]
     cases += [(D, *half, "causal") for D in (32, 96, 256)]
+    cases += [(D, *half, kind) for D in (64, 128) for kind in ("distance", "relative")]
+    cases.append((64, *tf32, "relative"))
     for D, dtype, reads, kind in cases:
         if reads == "tf32" and limits.backend != "cuda":
             continue
-        everything = kind == "all"
+        everything, distance, relative = kind == "all", kind == "distance", kind == "relative"
+        dense = everything or distance or relative
         tensors = dict.fromkeys(("query_ptr", "key_ptr", "dout_ptr"), dtype) | {
             "bias_ptr": dtype if everything else None,
             "mask_ptr": torch.bool if everything else None,
-            "seed_ptr": torch.int64 if everything else None,
+            "seed_ptr": torch.int64 if dense else None,
             "dweights_ptr": None,
             "base_ptr": torch.float32,
-            "excess_ptr": torch.float32 if everything else None,
+            "excess_ptr": torch.float32 if dense else None,
             "delta_ptr": torch.float32,
+            "distance_ptr": dtype if distance else None,
+            **dict.fromkeys(("position_query_ptr", "position_key_ptr", "segment_ptr"), dtype if relative else None),
+            **dict.fromkeys(("segment_q_ptr", "segment_k_ptr"), torch.int32 if relative else None),
+            **dict.fromkeys(("rank_q_ptr", "rank_k_ptr"), torch.int32 if relative else None),
         }
         values = {"value_ptr": dtype}
-        packing = {"live_ptr": torch.int32 if everything else None, "cu_q_ptr": None, "cu_k_ptr": None}
+        packing = {"cu_q_ptr": None, "cu_k_ptr": None}
+        live = {"live_ptr": torch.int32 if everything else None}
         rows = {"out_ptr": dtype, "lse_ptr": torch.float32, "dlse_ptr": torch.float32 if everything else None}
-        unit = dict.fromkeys((f"stride_{at}" for at in ("qd", "kd", "ge", "bk", "mk", "wk")), 1)
-        constant = unit | constants(D, D, 1, everything, kind != "plain", False, everything, reads)
+        queries = {
+            "dquery_ptr": dtype,
+            "dposition_query_ptr": dtype if relative else None,
+            "position_ends_ptr": torch.float32 if relative else None,
+            "distance_ends_ptr": torch.float32 if distance else None,
+            "dsegment_ptr": dtype if relative else None,
+        }
+        unit = dict.fromkeys((f"stride_{at}" for at in ("qd", "kd", "ge", "bk", "mk", "wk", "up")), 1)
+        constant = unit | constants(D, D, 1, everything, kind not in ("plain", "distance"), False, everything, reads)
+        constant |= {"P": D if relative else 1, "BLOCK_P": D if relative else 16}
         name = f"D={D} {NAMES[dtype]}{' tf32' * (reads == 'tf32')} {kind}"
+        of_keys = {"dkey_ptr": dtype, "dvalue_ptr": dtype}
         kernels = [
-            ("key", key_backward_kernel, values | packing | {"dkey_ptr": dtype, "dvalue_ptr": dtype}, {"stride_ve": 1}),
-            ("query", query_backward_kernel, values | packing | {"dquery_ptr": dtype}, {"stride_ve": 1}),
+            ("key", key_backward_kernel, values | packing | live | of_keys, {"stride_ve": 1}),
+            ("query", query_backward_kernel, values | packing | live | queries, {"stride_ve": 1}),
         ]
         if everything:
             weights = {"dweights_ptr": dtype}
             sums = {"stride_ve": 1, "SUM_Q": False, "SUM_K": False}
             kernels += [
-                ("rows", rows_backward_kernel, rows | weights, {"stride_oe": 1}),
+                ("rows", rows_backward_kernel, rows | packing | weights, {"stride_oe": 1}),
                 ("bias", bias_backward_kernel, values | {"dbias_ptr": dtype}, sums),
             ]
-        elif kind == "plain":
-            kernels.append(("rows", rows_backward_kernel, rows, {"stride_oe": 1}))
+        elif kind == "plain" or relative:
+            kernels.append(("rows", rows_backward_kernel, rows | packing, {"stride_oe": 1}))
+        if distance or relative:
+            table = {
+                "ddistance_ptr": torch.float32 if distance else None,
+                "dposition_key_ptr": torch.float32 if relative else None,
+            }
+            kernels.append(("diagonals", diagonals_backward_kernel, values | packing | table, {"stride_ve": 1}))
         for of, kernel, more, only in kernels:
-            block_m, block_n, num_warps, num_stages = backward_tiles(of, D, D, dtype, reads, everything, limits)
+            P = D if relative else 0
+            block_m, block_n, num_warps, num_stages = backward_tiles(of, D, D, P, dtype, reads, dense, limits)
+            block = {"BLOCK": block_m} if of == "diagonals" else {"BLOCK_M": block_m, "BLOCK_N": block_n}
             yield configuration(
-                f"attention backward {of} {name}", kernel, tensors | more,
-                constant | only | {"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps, num_stages,
+                f"attention backward {of} {name}", kernel, tensors | more, constant | only | block,
+                num_warps, num_stages,
             )  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..jit import NAMES, OPTIONS, configuration, dot
 from ..limits import Limits, limits
-from .plan import Tiles, block, kept, precision, strides
+from .plan import Tiles, block, has_any, kept, precision, strides
 from .scores import (
     LN2,
     LOG2E,
@@ -27,6 +27,7 @@ from .scores import (
     dropout_keys,
     dropout_threshold,
     level_of,
+    load_segments,
     load_tile,
     scores_of_tile,
     visible_in_tile,
@@ -45,6 +46,7 @@ def attend_to_keys(
     value_ptr, stride_vk, stride_ve,
     bias_ptr, bias_rows, stride_bk,
     mask_ptr, mask_rows, stride_mk,
+    distance, segment, ranks,  # tuples whose first is None where there is none
     seed_ptr, head, threshold, Q, shift, left, right, scale, softcap,
     D: tl.constexpr, E: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     BIAS_PER_ROW: tl.constexpr, MASK_PER_ROW: tl.constexpr, PRECISION: tl.constexpr,
@@ -55,6 +57,7 @@ def attend_to_keys(
     A value that is hidden is multiplied by 0, and 0 * NaN is NaN: CAREFUL takes what is not finite out of the product.
     """
     HAS_BIAS: tl.constexpr = bias_ptr is not None
+    ADDED: tl.constexpr = HAS_BIAS or distance[0] is not None or segment[0] is not None
     offs_n, offs_d, offs_e = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, acc.shape[1])
     if seed_ptr is not None:
         first_word, second_word = dropout_keys(seed_ptr, head, i)
@@ -67,20 +70,21 @@ def attend_to_keys(
             D, True,
         )  # fmt: skip
         visible = visible_to_rows(
-            first, i, offs_n, seen, mask_ptr, mask_rows, stride_mk, Q, shift, left, right,
+            first, i, offs_n, seen, mask_ptr, mask_rows, stride_mk, ranks, Q, shift, left, right,
             HAS_LEFT, HAS_RIGHT, MASK_PER_ROW,
         )  # fmt: skip
         bias_here = bias_ptr
         if HAS_BIAS:
             bias_here = at_row(bias_ptr, first, stride_bk)
         s = scores_of_tile(
-            dot(q, k, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION), visible, bias_rows, i, offs_n, seen, Q,
-            bias_here, 1, stride_bk, scale, softcap, HAS_SOFTCAP, BIAS_PER_ROW, True,
+            dot(q, k, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION), visible, bias_rows, i, offs_n,
+            first + offs_n, seen, Q, bias_here, 1, stride_bk, distance, segment, scale, softcap,
+            HAS_SOFTCAP, BIAS_PER_ROW, True,
         )  # fmt: skip
-        m_next = tl.maximum(m, level_of(tl.max(s, 1), scale, HAS_BIAS, HAS_SOFTCAP))
+        m_next = tl.maximum(m, level_of(tl.max(s, 1), scale, ADDED, HAS_SOFTCAP))
         level = tl.where(m_next == float("-inf"), 0.0, m_next)
-        p = weight_of(s, level[:, None], scale, HAS_BIAS, HAS_SOFTCAP)
-        decay = tl.exp2((m - level) * (LOG2E if HAS_BIAS else 1.0))
+        p = weight_of(s, level[:, None], scale, ADDED, HAS_SOFTCAP)
+        decay = tl.exp2((m - level) * (LOG2E if ADDED else 1.0))
         m = m_next
         l = l * decay + tl.sum(p, 1)  # noqa: E741
         acc = acc * decay[:, None]
@@ -101,7 +105,7 @@ def attend_to_keys(
 def spoiled(
     i, begin, end,
     value_ptr, stride_vk, stride_ve,
-    mask_ptr, mask_rows, stride_mk,
+    mask_ptr, mask_rows, stride_mk, ranks,
     Q, shift, left, right,
     E: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASK_PER_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -112,7 +116,7 @@ def spoiled(
     for first in tl.range(begin, end, BLOCK_N):
         seen = seen_from(first, end, offs_n, mask_ptr, stride_mk, MASK_PER_ROW)
         visible = visible_to_rows(
-            first, i, offs_n, seen, mask_ptr, mask_rows, stride_mk, Q, shift, left, right,
+            first, i, offs_n, seen, mask_ptr, mask_rows, stride_mk, ranks, Q, shift, left, right,
             HAS_LEFT, HAS_RIGHT, MASK_PER_ROW,
         )  # fmt: skip
         v = load_tile(
@@ -135,30 +139,40 @@ def seen_from(first, end, offs_n, mask_ptr, stride_mk, MASK_PER_ROW: tl.constexp
 
 @triton.jit
 def visible_to_rows(
-    first, i, offs_n, seen, mask_ptr, mask_rows, stride_mk, Q, shift, left, right,
+    first, i, offs_n, seen, mask_ptr, mask_rows, stride_mk, ranks, Q, shift, left, right,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASK_PER_ROW: tl.constexpr,
 ):  # fmt: skip
     mask_here = mask_ptr
     if mask_ptr is not None:
         mask_here = at_row(mask_ptr, first, stride_mk)
     return visible_in_tile(
-        mask_rows, i, offs_n, first + offs_n, seen, Q, shift, left, right, mask_here, 1, stride_mk,
+        mask_rows, i, offs_n, first + offs_n, seen, Q, shift, left, right, mask_here, 1, stride_mk, ranks,
         HAS_LEFT, HAS_RIGHT, MASK_PER_ROW,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "Q", "S", "threshold", "low", "high", "span", "shift", "left", "right"])
+@triton.jit(
+    do_not_specialize=[
+        "N", "Q", "K", "S", "threshold", "low", "high", "span", "shift", "left", "right",
+        "distance_zero", "distance_last",
+    ]
+)  # fmt: skip
 def decode_forward_kernel(
     query_ptr, stride_qb, stride_qn, stride_qq, stride_qd,  # [B, N, Q, D]
     key_ptr, stride_kb, stride_kn, stride_kk, stride_kd,  # [B, M, K, D]
     value_ptr, stride_vb, stride_vn, stride_vk, stride_ve,  # [B, M, K, E]
     bias_ptr, stride_bb, stride_bn, stride_bq, stride_bk,  # [B, N, Q, K]     or None
+    distance_ptr, stride_xb, stride_xn,  # [B, N, distance_last + 1]   or None
+    segment_ptr,  # [B, N, Q, 2]           or None
     mask_ptr, stride_mb, stride_mn, stride_mq, stride_mk,  # [B, N, Q, K]     bool, or None
     seed_ptr,  # [1]                       with dropout, or None
+    segment_q_ptr, segment_k_ptr,  # [B, Q] [B, K]  with segment
+    rank_q_ptr, stride_ab, stride_an,  # [B, N, Q]  or None
+    rank_k_ptr, stride_cb,  # [B, K]
     acc_ptr,  # [B, N, Q, S, E]            unnormalised output of each part
     max_ptr,  # [B, N, Q, S]               its largest score
     sum_ptr,  # [B, N, Q, S]               the sum of its weights
-    N, Q, S, threshold, low, high, span, shift, left, right,
+    N, Q, K, S, threshold, low, high, span, shift, left, right, distance_zero, distance_last,
     scale, softcap,
     D: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BIAS_PER_ROW: tl.constexpr, MASK_PER_ROW: tl.constexpr,
@@ -186,23 +200,39 @@ def decode_forward_kernel(
         mask_ptr = at_row(at_row(mask_ptr, b, stride_mb), n, stride_mn)
         mask_rows = g.to(tl.int64) * stride_mn + i * stride_mq
 
+    distance = (distance_ptr, 0, 0)
+    segment = (segment_ptr, 0)
+    ranks = (rank_q_ptr, 0)
     head = b * N + n + g
+    if distance_ptr is not None:
+        distance_rows = at_row(at_row(distance_ptr, b, stride_xb), n, stride_xn) + g.to(tl.int64) * stride_xn
+        distance = (distance_rows[:, None], distance_zero - (K - Q), distance_last, None)
+    if segment_ptr is not None:
+        of_queries = load_segments(at_row(segment_ptr, head, 2 * Q), at_row(segment_q_ptr, b, Q), i, Q)
+        segment = of_queries + (at_row(segment_k_ptr, b, K),)
+    if rank_q_ptr is not None:
+        rank_rows = at_row(at_row(rank_q_ptr, b, stride_ab), n, stride_an) + g.to(tl.int64) * stride_an
+        ranks = (tl.load(rank_rows + i, mask=i < Q, other=0), at_row(rank_k_ptr, b, stride_cb))
     acc, m, l = attend_to_keys(  # noqa: E741
         tl.zeros([BLOCK_M, BLOCK_E], tl.float32), q, i, begin, end, key_ptr, stride_kk, stride_kd,
         value_ptr, stride_vk, stride_ve, bias_ptr, bias_rows, stride_bk, mask_ptr, mask_rows, stride_mk,
+        distance, segment, ranks,
         seed_ptr, head, threshold, Q, shift, left, right, scale, softcap, D, E, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
         BIAS_PER_ROW, MASK_PER_ROW, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False,
     )  # fmt: skip
-    if HAS_LEFT or HAS_RIGHT or MASK_PER_ROW:  # noqa: SIM102  (what compiles it in; then what runs it)
+    RANKED: tl.constexpr = rank_q_ptr is not None
+    if HAS_LEFT or HAS_RIGHT or MASK_PER_ROW or RANKED:  # noqa: SIM102  (what compiles it in; then what runs it)
         # Some value was read that is hidden from some row.
         if tl.max((acc != acc).to(tl.int32)) != 0:  # flat: see forward.py
             acc = spoiled(
-                i, begin, end, value_ptr, stride_vk, stride_ve, mask_ptr, mask_rows, stride_mk, Q, shift, left, right,
+                i, begin, end, value_ptr, stride_vk, stride_ve, mask_ptr, mask_rows, stride_mk, ranks,
+                Q, shift, left, right,
                 E, HAS_LEFT, HAS_RIGHT, MASK_PER_ROW, BLOCK_M, BLOCK_N, BLOCK_E,
             )  # fmt: skip
             acc, m, l = attend_to_keys(  # noqa: E741
                 acc, q, i, begin, end, key_ptr, stride_kk, stride_kd,
                 value_ptr, stride_vk, stride_ve, bias_ptr, bias_rows, stride_bk, mask_ptr, mask_rows, stride_mk,
+                distance, segment, ranks,
                 seed_ptr, head, threshold, Q, shift, left, right, scale, softcap, D, E, HAS_LEFT, HAS_RIGHT,
                 HAS_SOFTCAP, BIAS_PER_ROW, MASK_PER_ROW, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, True,
             )  # fmt: skip
@@ -311,6 +341,7 @@ def decode_forward(
     mask: Tensor | None,
     seed: Tensor | None,
     *,
+    terms: dict[str, Any],
     scale: float,
     left: int,
     right: int,
@@ -323,7 +354,8 @@ def decode_forward(
     """Output ``[B, N, Q, E]`` and log-sum-exp ``[B, N, Q]`` fp32, from at most ``splits`` programs for a kv head.
 
     query ``[B, N, Q, D]`` with Q * N/M <= ROWS, key ``[B, M, K, D]``, value ``[B, M, K, E]``, all of any strides;
-    bias and mask broadcast to ``[B, N, Q, K]``; seed ``[1]`` int64, read where dropout_p is not 0.
+    bias and mask broadcast to ``[B, N, Q, K]``; seed ``[1]`` int64, read where dropout_p is not 0; terms: of
+    ``relative``.
     """
     (B, N, Q, D), (M, K, E) = query.shape, value.shape[1:]
     out = query.new_empty(B, Q, N, E).transpose(1, 2)
@@ -335,8 +367,10 @@ def decode_forward(
     device = limits(query.device)
     bias, mask = (None if t is None else t.expand(B, N, Q, K) for t in (bias, mask))
     dense = per_row(bias, group), per_row(mask, group)
+    rich = any(dense) or has_any(terms)
+    added = any(t is not None for t in (bias, terms["distance_ptr"], terms["segment_ptr"]))
     reads = precision(query.dtype, allow_tf32, device)
-    tiles = decode_tiles(Q * group, D, E, query.dtype, reads, any(dense), device)
+    tiles = decode_tiles(Q * group, D, E, query.dtype, reads, rich, device)
     span = triton.cdiv(triton.cdiv(high - low, splits), tiles.block_n) * tiles.block_n
     parts = triton.cdiv(high - low, span) if span else 1
     acc, m, l = (query.new_empty(B, N, Q, parts, *last, dtype=torch.float32) for last in ((E,), (), ()))  # noqa: E741
@@ -344,8 +378,8 @@ def decode_forward(
         decode_forward_kernel[(B * M * parts,)](
             query_ptr=query, **strides("q", "bnqd", query), key_ptr=key, **strides("k", "bnkd", key),
             value_ptr=value, **strides("v", "bnke", value), bias_ptr=bias, **strides("b", "bnqk", bias),
-            mask_ptr=mask, **strides("m", "bnqk", mask), seed_ptr=seed if dropout_p else None,
-            acc_ptr=acc, max_ptr=m, sum_ptr=l, N=N, Q=Q, S=parts, threshold=dropout_threshold(dropout_p),
+            mask_ptr=mask, **strides("m", "bnqk", mask), **terms, seed_ptr=seed if dropout_p else None,
+            acc_ptr=acc, max_ptr=m, sum_ptr=l, N=N, Q=Q, K=K, S=parts, threshold=dropout_threshold(dropout_p),
             low=low, high=high, span=span, shift=shift, left=left, right=right, scale=scale, softcap=softcap,
             # A single query sees all keys from low to high.
             **constants(
@@ -355,8 +389,8 @@ def decode_forward(
         )  # fmt: skip
         decode_combine_kernel[(B * N * Q,)](
             acc_ptr=acc, max_ptr=m, sum_ptr=l, out_ptr=out, **strides("o", "bnq", out), lse_ptr=lse,
-            N=N, Q=Q, S=parts, log2_unit=1.0 if bias is None else LOG2E.value,
-            log_unit=LN2.value if bias is None else 1.0, kept=kept(dropout_p),
+            N=N, Q=Q, S=parts, log2_unit=LOG2E.value if added else 1.0,
+            log_unit=1.0 if added else LN2.value, kept=kept(dropout_p),
             E=E, BLOCK_S=BLOCK_S, BLOCK_E=block(E), **OPTIONS,
         )  # fmt: skip
     return out, lse
@@ -404,14 +438,17 @@ def configurations(limits: Limits) -> Iterator[dict[str, Any]]:
         (*half, 256, 8, 8, "all"),
         (torch.float16, "ieee", 64, 8, 8, "causal"),
         (torch.float16, "ieee", 128, 1, 8, "key mask"),
+        *((*of, 64, 1, 1, "T5") for of in (half, tf32)),
     ]
     for dtype, reads, D, Q, group, has in cases:
         if reads == "tf32" and limits.backend != "cuda":
             continue
         everything, masked = has == "all", has in ("all", "key mask")
-        tiles = decode_tiles(Q * group, D, D, dtype, reads, everything, limits)
+        tiles = decode_tiles(Q * group, D, D, dtype, reads, everything or has == "T5", limits)
         tensors = dict.fromkeys(("query_ptr", "key_ptr", "value_ptr"), dtype) | {
             "bias_ptr": dtype if everything else None,
+            "distance_ptr": dtype if has == "T5" else None,
+            **dict.fromkeys(("segment_ptr", "segment_q_ptr", "segment_k_ptr", "rank_q_ptr", "rank_k_ptr")),
             "mask_ptr": torch.bool if masked else None,
             "seed_ptr": torch.int64 if everything else None,
             "acc_ptr": torch.float32,

@@ -141,12 +141,13 @@ def load_tile(ptr, rows, stride_row, columns, stride_column, seen, WIDTH: tl.con
 
 @triton.jit
 def visible_in_tile(
-    rows, i, offs_n, j, seen, Q, shift, left, right, mask_ptr, stride_mq, stride_mk,
+    rows, i, offs_n, j, seen, Q, shift, left, right, mask_ptr, stride_mq, stride_mk, ranks,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASK_PER_QUERY: tl.constexpr,
 ):  # fmt: skip
     """What of a tile of scores is visible, of the keys that are seen; it broadcasts to the tile.
 
-    rows and offs_n count from where mask_ptr points to; i and j are the same, counted in the sequence.
+    rows and offs_n count from where mask_ptr points to; i and j are the same, counted in the sequence. ranks: those
+    of the queries, or None, and the pointer to those of the keys.
     """
     visible = seen[None, :]
     if HAS_LEFT or HAS_RIGHT:
@@ -155,31 +156,82 @@ def visible_in_tile(
     if mask_ptr is not None and MASK_PER_QUERY:
         ptrs = mask_ptr + (rows[:, None] * stride_mq + offs_n[None, :] * stride_mk)
         visible = visible & (tl.load(ptrs, mask=(i < Q)[:, None] & seen[None, :], other=0) != 0)
+    if ranks[0] is not None:
+        rank_k = tl.load(ranks[1] + j, mask=seen, other=0)
+        visible = visible & (rank_k[None, :] <= ranks[0][:, None])
     return visible
 
 
 @triton.jit
+def distances(table, i, j):
+    """What a table adds to the scores of queries i and keys j, which broadcast: ``table[clamp(j - i + zero)]``.
+
+    table: pointer to a head, or to the head of each row; zero, for i and j as they are counted; the last place.
+    """
+    ptr, zero, last = table
+    return tl.load(ptr + tl.minimum(tl.maximum(j - i + zero, 0), last)).to(tl.float32)
+
+
+@triton.jit
+def add_distances(s, table, least, i, j):
+    """A tile of scores and what a table adds to it; least: the tile's first place in it, None if it differs by row.
+
+    Of a short table most tiles lie past an end: then one number does.
+    """
+    if least is None:
+        s += distances(table, i, j)
+    else:
+        ptr, _, last = table
+        if (least + (s.shape[0] + s.shape[1] - 2) <= 0) | (least >= last):
+            s += tl.load(ptr + tl.minimum(tl.maximum(least, 0), last)).to(tl.float32)
+        else:
+            s += distances(table, i, j)
+    return s
+
+
+@triton.jit
+def load_segments(segment_ptr, segment_q_ptr, i, Q):
+    """What queries i add to keys of their own segment and to those of others, and which segment is theirs.
+
+    segment_ptr ``[Q, 2]``: pointer to a head, or to the head of each row.
+    """
+    same = tl.load(segment_ptr + 2 * i, mask=i < Q, other=0.0).to(tl.float32)
+    other = tl.load(segment_ptr + 2 * i + 1, mask=i < Q, other=0.0).to(tl.float32)
+    return same, other, tl.load(segment_q_ptr + i, mask=i < Q, other=0)
+
+
+@triton.jit
 def scores_of_tile(
-    qk, visible, rows, i, offs_n, seen, Q, bias_ptr, stride_bq, stride_bk, scale, softcap,
+    qk, visible, rows, i, offs_n, j, seen, Q, bias_ptr, stride_bq, stride_bk, distance, segment, scale, softcap,
     HAS_SOFTCAP: tl.constexpr, BIAS_PER_QUERY: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The scores of a product, for ``weight_of``, and in its unit.
 
     That is the product itself if it is only to be scaled, for then the scaling and what follows are one
-    instruction; log 2 with a cap; and 1 with a bias, where another unit could overflow: a bias may be the least
-    number there is.
+    instruction; log 2 with a cap; and 1 where something is added, for another unit could overflow: a bias may be the
+    least number there is.
+
+    distance: as for ``add_distances``, table and least, or a pointer None. segment: as of ``load_segments``, or None
+    first; then the pointer to the segments of the keys.
     """
-    if bias_ptr is not None:
+    if bias_ptr is not None or distance[0] is not None or segment[0] is not None:
         if HAS_SOFTCAP:
             s = softcap * tanh(qk * (scale / softcap))
         else:
             s = qk * scale
-        bias_ptrs = bias_ptr + offs_n[None, :] * stride_bk
-        if BIAS_PER_QUERY:
-            bias = tl.load(bias_ptrs + rows[:, None] * stride_bq, mask=(i < Q)[:, None] & seen[None, :], other=0.0)
-        else:
-            bias = tl.load(bias_ptrs, mask=seen[None, :], other=0.0)
-        s += bias.to(tl.float32)
+        if bias_ptr is not None:
+            bias_ptrs = bias_ptr + offs_n[None, :] * stride_bk
+            if BIAS_PER_QUERY:
+                bias = tl.load(bias_ptrs + rows[:, None] * stride_bq, mask=(i < Q)[:, None] & seen[None, :], other=0.0)
+            else:
+                bias = tl.load(bias_ptrs, mask=seen[None, :], other=0.0)
+            s += bias.to(tl.float32)
+        if distance[0] is not None:
+            s = add_distances(s, (distance[0], distance[1], distance[2]), distance[3], i[:, None], j[None, :])
+        if segment[0] is not None:
+            same, other, segment_q, segment_k_ptr = segment
+            segment_k = tl.load(segment_k_ptr + j, mask=seen, other=0)
+            s += tl.where(segment_q[:, None] != segment_k[None, :], other[:, None], same[:, None])
     elif HAS_SOFTCAP:
         s = capped(qk, scale, softcap, HAS_SOFTCAP)
     else:
@@ -190,9 +242,11 @@ def scores_of_tile(
 
 
 @triton.jit
-def level_of(s, scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """A score as what ``weight_of`` compares with: scaled, in units of log 2, or of 1 with a bias; scale > 0."""
-    if HAS_BIAS or HAS_SOFTCAP:
+def level_of(s, scale, ADDED: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """A score as what ``weight_of`` compares with: scaled, in units of log 2, or of 1 if something is ADDED to the
+    product; scale > 0.
+    """
+    if ADDED or HAS_SOFTCAP:
         level = s
     else:
         level = s * (scale * LOG2E)
@@ -200,9 +254,9 @@ def level_of(s, scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def level_of_lse(lse, HAS_BIAS: tl.constexpr):
+def level_of_lse(lse, ADDED: tl.constexpr):
     """A log-sum-exp as what ``weight_of`` compares with."""
-    if HAS_BIAS:
+    if ADDED:
         level = lse
     else:
         level = lse * LOG2E
@@ -210,9 +264,9 @@ def level_of_lse(lse, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
-def weight_of(s, level, scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def weight_of(s, level, scale, ADDED: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """``exp(score - level)``."""
-    if HAS_BIAS:
+    if ADDED:
         exponent = (s - level) * LOG2E
     elif HAS_SOFTCAP:
         exponent = s - level

@@ -253,7 +253,7 @@ def by_fastseq(case: Case, query: Tensor, key: Tensor, value: Tensor, bias: Any 
 
 def by_definition(case: Case, query: Tensor, key: Tensor, value: Tensor, bias: Any = None, mask: Any = None) -> Tensors:
     out, lse, shown = reference.attention(
-        query, key, value, bias, mask, None, None, torch.tensor([SEED], device=query.device), scale=scale_of(case),
+        query, key, value, bias, mask=mask, seed=torch.tensor([SEED], device=query.device), scale=scale_of(case),
         softcap=case.softcap or 0.0, dropout_p=case.dropout_p,
         weights=case.outputs.split()[0] if "weights" in names_of(case) else "", **band_of(case),
     )  # fmt: skip

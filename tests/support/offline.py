@@ -361,9 +361,10 @@ def published(module: str, target: str) -> dict[str, Configuration]:
 
 
 def kind(configuration: Configuration) -> tuple[str, ...]:
-    """Kernel and cell; the cell shows in the jit functions that the kernel was given."""
+    """Kernel and cell, which shows in the jit functions that the kernel was given; and whether it knows positions."""
     given = configuration["constexprs"].values()
-    return configuration["fn"].__name__, *(value.__name__ for value in given if isinstance(value, JITFunction))
+    positions = [name for name, of in configuration["signature"].items() if "position" in name and of.startswith("*")]
+    return configuration["fn"].__name__, *(v.__name__ for v in given if isinstance(v, JITFunction)), *positions
 
 
 def representative(configurations: dict[str, Configuration], target: str) -> list[str]:
