@@ -29,6 +29,7 @@ from typing import Any
 
 import attention_cases
 import measure
+import model_cases
 import recurrent_cases
 import torch
 from attention_cases import Attention
@@ -115,7 +116,18 @@ def relative() -> Suite:
     return Suite(tuple(cases), 5, "auto beside torch's own way on the CPU, relative positions", "relative")
 
 
-SUITES = {"recurrent": recurrent, "training": training, "attention": attention, "relative": relative}
+def of_models() -> Suite:
+    cases = model_cases.grid((("bert", 1, 128), ("bert", 4, 128), ("gpt2", 1, 128), ("gpt2", 2, 256)))
+    return Suite(tuple(cases), 5, "BERT and GPT-2 beside transformers with sdpa on the CPU", "models")
+
+
+SUITES = {
+    "recurrent": recurrent,
+    "training": training,
+    "attention": attention,
+    "relative": relative,
+    "models": of_models,
+}
 
 
 def main() -> int:
